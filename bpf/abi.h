@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * What the kernel programs and the daemon share: the one place where a shared
+ * struct, enum or field is written. `make abi` generates edge/abi.py from the
+ * debug information of this file; CI compares the two, and the loader compares
+ * them again with what bcc compiled.
+ *
+ * Rules: no implicit padding, u64 first, host byte order. Addresses are numbers:
+ * `hi` is the upper half of an address as a number, so 2001:db8::/32 is
+ * 0x20010db800000000 here and in Python alike.
+ */
+#ifndef EDGE_ABI_H
+#define EDGE_ABI_H
+
+/* Raised by hand when the meaning of a field changes without its shape. */
+#define EDGE_ABI_VERSION 1
+
+/* The prefix lengths at which state is kept, longest first. */
+enum level {
+	LEVEL_128,
+	LEVEL_64,
+	LEVEL_56,
+	LEVEL_48,
+	LEVEL_32,
+	LEVELS,
+};
+
+/* Ports come in two services with limits, standing and blocks of their own. */
+enum service {
+	SERVICE_MX,		/* port 25: mail from other servers */
+	SERVICE_SUBMISSION,	/* ports 465 and 587: mail from own users */
+	SERVICES,
+};
+
+/* Every way a packet can leave the program: the counter's index, the metric's
+ * label and the word in `edge explain`. The first group is not a new connection
+ * to a protected port. */
+enum reason {
+	REASON_NOT_IP,			/* another EtherType */
+	REASON_NOT_TCP,			/* another transport */
+	REASON_NOT_SYN,			/* TCP, not a first SYN */
+	REASON_OTHER_PORT,		/* a SYN to a port that is not protected */
+	REASON_OTHER_DESTINATION,	/* a SYN to an address that is not protected */
+	/* what cannot be judged passes (and may be dropped in strict mode) */
+	REASON_TRUNCATED,		/* ends before the TCP header does */
+	REASON_MALFORMED,		/* a length or a version that cannot be */
+	REASON_TOO_MANY_HEADERS,	/* more extension headers than the bound */
+	REASON_FRAGMENT,		/* a fragment without the TCP header */
+	REASON_ESP,			/* the inner packet is not visible here */
+	/* judged, and passed without asking the limiter */
+	REASON_EXEMPT,			/* loopback, link-local, private source */
+	REASON_BOGON,			/* real IPv6 source inside 0:ffff::/32 */
+	REASON_ALLOWED,			/* an allow entry is the longest match */
+	/* the limiter */
+	REASON_CONFORMING,		/* admitted by every level that was asked */
+	REASON_CONFORMING_GOOD,		/* the same, a good entry cut the chain */
+	REASON_UNTRACKED,		/* no level had room: the shared budget admitted it */
+	REASON_VERIFIED,		/* no level had room: a verified sender */
+	/* refused */
+	REASON_BLOCKED_LEARNED,		/* longest match: a learned block */
+	REASON_BLOCKED_LIST,		/* longest match: a block list */
+	REASON_BLOCKED_OPERATOR,	/* longest match: an operator's block */
+	REASON_LIMIT_128,
+	REASON_LIMIT_64,
+	REASON_LIMIT_56,
+	REASON_LIMIT_48,
+	REASON_LIMIT_32,
+	REASON_LIMIT_UNTRACKED,		/* no level had room, shared budget spent */
+	REASON_RACE_LOST,		/* other CPUs won every retry; charges refunded */
+	/* the program itself; expected to stay 0 */
+	REASON_INTERNAL,		/* a map was missing: passed */
+	REASONS,
+};
+
+/* What an entry says of its prefix. GOOD, SUSPECT and BAD choose the limit;
+ * ALLOW has none; BLOCK refuses. NEW is the absence of an entry. */
+enum standing {
+	STANDING_NEW,
+	STANDING_GOOD,
+	STANDING_SUSPECT,
+	STANDING_BAD,
+	STANDING_ALLOW,
+	STANDING_BLOCK,
+	STANDINGS,
+};
+
+/* Who made an entry; at the same prefix the higher number wins. */
+enum origin {
+	ORIGIN_LEARNED,
+	ORIGIN_LIST,
+	ORIGIN_OPERATOR,
+	ORIGIN_EXEMPT,	/* connected, mynetworks, relays: by configuration */
+	ORIGINS,
+};
+
+enum mode {
+	MODE_OBSERVE,	/* judge and count, pass everything */
+	MODE_ENFORCE,
+};
+
+/* Bits of struct control.flags. */
+enum control_flag {
+	CONTROL_STRICT = 1,		/* drop what cannot be judged */
+	CONTROL_EXEMPT_PRIVATE = 2,	/* pass private and local sources */
+	CONTROL_LISTED_ONLY = 4,	/* protect only `protected` addresses */
+	CONTROL_DEAD_KEEPS_BLOCKS = 8,	/* learned blocks outlive the controller */
+};
+
+/* map identity[1]: who made the pinned objects. Writer: loader, once. */
+struct identity {
+	__u64 abi_id;		/* hash of abi.py's layouts: maps may be adopted */
+	__u64 build_id;		/* hash of program text and flags: program may be */
+	__u64 seed;		/* keys the index of the row tables */
+	__u64 created_ns;	/* CLOCK_MONOTONIC */
+};
+
+/* map control[1]: what the daemon tells the programs. Writer: daemon. */
+struct control {
+	__u64 heartbeat_ns;		/* CLOCK_MONOTONIC of the last tick */
+	__u64 heartbeat_grace_ns;	/* older: learned entries no longer apply */
+	__u32 mode;			/* enum mode */
+	__u32 flags;			/* enum control_flag */
+	__u32 policy_levels;		/* bit LEVEL_x: the policy map may hold one */
+	__u32 policy_ranges;		/* entries in the range trie */
+	__u64 untracked_interval_ns;	/* GCRA of the budget shared when no level has room */
+	__u64 untracked_tolerance_ns;
+};
+
+/* key of map destinations: a protected address, IPv4 as ::a.b.c.d. Writer: daemon. */
+struct address {
+	__u64 hi;
+	__u64 lo;
+};
+
+/* map limits[SERVICES * STANDINGS * LEVELS]: GCRA parameters. Writer: daemon.
+ * emission_interval_ns 0 = no limit at this level. */
+struct limit {
+	__u64 emission_interval_ns;	/* 1 / sustained rate */
+	__u64 burst_tolerance_ns;	/* (burst - 1) * emission interval */
+};
+
+/* map policy: key of one entry at a level's length. Writer: daemon. */
+struct policy_key {
+	__u64 hi;
+	__u64 lo;	/* 0 unless length is 128 */
+	__u32 length;
+	__u32 service;
+};
+
+/* map policy_ranges: LPM key of an entry between the levels. The first byte is
+ * the service, so prefixlen is 8 + the prefix length. Writer: daemon. */
+struct range_key {
+	__u32 prefixlen;
+	__u8 service;
+	__u8 address[16];
+	__u8 pad[3];
+};
+
+/* value of both. */
+struct policy_entry {
+	__u64 expires_ns;	/* CLOCK_MONOTONIC; 0 = never */
+	__u32 decision;		/* id in the journal */
+	__u8 standing;
+	__u8 origin;
+	__u8 length;
+	__u8 pad;
+};
+
+/* maps rows_*: one cache line, four rows. A row is free when its theoretical
+ * arrival time has passed: a refilled bucket holds no information.
+ * Writer: the XDP program. */
+#define ROWS_PER_LINE 4
+struct line {
+	__u64 tag[ROWS_PER_LINE];
+	__u64 tat_ns[ROWS_PER_LINE];
+};
+
+/* map counters[REASONS], per CPU. Writer: the XDP program. */
+struct counter {
+	__u64 passed;
+	__u64 dropped;
+};
+
+/* map handshakes, by /64 and service. Writer: the sockops program. */
+struct handshake_key {
+	__u64 hi;
+	__u32 service;
+	__u32 pad;
+};
+
+struct handshakes {
+	__u64 completed;
+	__u64 closed;
+	__u64 last_ns;	/* CLOCK_MONOTONIC of the last completed one */
+};
+
+/* map verdicts[1], per CPU: how this CPU judged its last SYN. Writer: the XDP program. Its entry point
+ * for recorded packets judges every packet here, by the clock it finds in now_ns. */
+struct verdict {
+	__u64 now_ns;		/* CLOCK_MONOTONIC, or the recording's clock */
+	__u64 hi;		/* the source as keyed */
+	__u64 lo;
+	__u32 reason;		/* enum reason */
+	__u32 length;		/* of the entry or the limit that decided; 0: none */
+	__u16 dport;
+	__u8 service;
+	__u8 ipv4;		/* 1: keyed by an IPv4 address */
+	__u8 syn;		/* 1: a new connection to a protected port */
+	__u8 drop;
+	__u8 cut;		/* first level that was not asked; LEVELS: all were */
+	__u8 standing[LEVELS];	/* of each level's own entry */
+	__u8 pad[4];
+};
+
+/* Every shared type, for the generator: one left out is missing in abi.py. */
+#define EDGE_ABI_ENUMS(X) X(level) X(service) X(reason) X(standing) X(origin) X(mode) X(control_flag)
+#define EDGE_ABI_STRUCTS(X) \
+	X(identity) X(control) X(limit) X(address) X(policy_key) X(range_key) X(policy_entry) \
+	X(line) X(counter) X(handshake_key) X(handshakes) X(verdict)
+
+#endif

@@ -1,0 +1,402 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The limiter: parse, policy by longest match, GCRA at every level, verdict, count.
+ *
+ * Invariants:
+ *   admitted-by-all: a SYN passes only if every level asked admits it.
+ *   charged-if-admitted: a level is charged only for a SYN that passes; on a lost race charges are
+ *     given back and the decision is made again, at last refused (REASON_RACE_LOST).
+ *   refusing-writes-nothing: a refused SYN writes no shared line, only this CPU's counter.
+ *   doubt-passes: what cannot be parsed or looked up passes and is counted.
+ *
+ * What an attacker could try: forged sources (they spend their prefix's budget here, never its
+ * standing: nothing in this program feeds reputation); sweeps of new prefixes (rows free themselves,
+ * a full line charges the shorter prefix); every prefix at once (the shared budget).
+ */
+
+/* Every retry means that another CPU got through, so losing four in a row is a flood's problem. */
+#define MAX_ATTEMPTS 4
+
+/* Where one level's limit and line are; the rest of what it needs is in the map `scratch`. */
+struct place {
+	struct line *line;
+	const struct limit *limit;
+};
+
+INLINE u32 level_base(u32 level)
+{
+	switch (level) {
+	case LEVEL_128:
+		return EDGE_BASE_128;
+	case LEVEL_64:
+		return EDGE_BASE_64;
+	case LEVEL_56:
+		return EDGE_BASE_56;
+	case LEVEL_48:
+		return EDGE_BASE_48;
+	default:
+		return EDGE_BASE_32;
+	}
+}
+
+INLINE u64 level_mask(u32 level)
+{
+	switch (level) {
+	case LEVEL_128:
+		return EDGE_LINES_128 - 1;
+	case LEVEL_64:
+		return EDGE_LINES_64 - 1;
+	case LEVEL_56:
+		return EDGE_LINES_56 - 1;
+	case LEVEL_48:
+		return EDGE_LINES_48 - 1;
+	default:
+		return EDGE_LINES_32 - 1;
+	}
+}
+
+INLINE void count(u32 reason, int drop)
+{
+	struct counter *counter = counters.lookup(&reason);
+
+	if (!counter)
+		return;
+	if (drop)
+		counter->dropped++;
+	else
+		counter->passed++;
+}
+
+INLINE int is_refusal(u32 reason)
+{
+	return reason >= REASON_BLOCKED_LEARNED && reason <= REASON_RACE_LOST;
+}
+
+INLINE int is_unjudged(u32 reason)
+{
+	return reason >= REASON_TRUNCATED && reason <= REASON_ESP;
+}
+
+/* Whether an entry counts now: not expired, and not a dead controller's lesson. */
+INLINE int in_force(const struct policy_entry *entry, u64 now, int dead)
+{
+	if (entry->expires_ns && entry->expires_ns <= now)
+		return 0;
+	return !(dead && entry->origin == ORIGIN_LEARNED);
+}
+
+INLINE u32 blocked_reason(u32 origin)
+{
+	return origin == ORIGIN_LEARNED ? REASON_BLOCKED_LEARNED :
+	       origin == ORIGIN_LIST	? REASON_BLOCKED_LIST :
+					  REASON_BLOCKED_OPERATOR;
+}
+
+/* Let an entry decide, if none more specific has. 1 if the walk ends here. */
+INLINE int decide(const struct policy_entry *entry, u32 level, u32 length, struct verdict *out)
+{
+	if (entry->standing == STANDING_BLOCK) {
+		/* a hole inside this block decided already: the block is not asked */
+		if (out->length)
+			return 0;
+		out->reason = blocked_reason(entry->origin);
+		out->length = length;
+		return 1;
+	}
+	if (entry->standing == STANDING_ALLOW && !out->length)
+		out->reason = REASON_ALLOWED;
+	if (!out->length)
+		out->length = length;
+	if (entry->standing == STANDING_ALLOW) {
+		/* with a more specific suspect below, only the longer levels are asked */
+		out->cut = level;
+		return 1;
+	}
+	return 0;
+}
+
+/* The longest match decides between pass, block and limit; each level's own standing chooses its limit;
+ * GOOD and ALLOW cut the chain, so that shorter levels are neither asked nor charged. */
+INLINE void match_policy(u64 now, const struct control *settings, struct verdict *out)
+{
+	int dead = settings->heartbeat_ns + settings->heartbeat_grace_ns < now &&
+		   !(settings->flags & CONTROL_DEAD_KEEPS_BLOCKS);
+	struct policy_entry *range = NULL, *entry;
+	struct policy_key key = {};
+	u32 range_length = 0;
+
+	if (settings->policy_ranges) {
+		struct range_key trie = { .prefixlen = 8 + 128, .service = out->service };
+
+		*(u32 *)&trie.address[0] = htonl((u32)(out->hi >> 32));
+		*(u32 *)&trie.address[4] = htonl((u32)out->hi);
+		*(u32 *)&trie.address[8] = htonl((u32)(out->lo >> 32));
+		*(u32 *)&trie.address[12] = htonl((u32)out->lo);
+		range = policy_ranges.lookup(&trie);
+		/* an IPv6 range such as ::/8 must not catch the IPv4 addresses that ride inside it */
+		if (range && in_force(range, now, dead) && !(out->ipv4 && range->length < 32))
+			range_length = range->length;
+	}
+	key.service = out->service;
+#pragma unroll
+	for (u32 level = 0; level < LEVELS; level++) {
+		/* the range entry has its turn between the levels */
+		if (range && range_length > level_length(level)) {
+			if (decide(range, level, range_length, out))
+				return;
+			range_length = 0;
+		}
+		if (!(settings->policy_levels & (1 << level)))
+			continue;
+		if (out->ipv4 && (level == LEVEL_128 || level == LEVEL_32))
+			continue;
+		key.hi = level_hi(out->hi, level);
+		key.lo = level == LEVEL_128 ? out->lo : 0;
+		key.length = level_length(level);
+		entry = policy.lookup(&key);
+		if (!entry || !in_force(entry, now, dead))
+			continue;
+		if (decide(entry, level, level_length(level), out))
+			return;
+		if (entry->standing == STANDING_BLOCK)
+			continue;
+		out->standing[level] = entry->standing;
+		if (entry->standing == STANDING_GOOD) {
+			out->cut = level + 1;
+			return;
+		}
+	}
+	if (range && range_length)
+		decide(range, LEVELS, range_length, out);
+}
+
+/* Find the line and the limit of every level. 0 if a map is missing. A level that is not asked gets the
+ * first line of its region, which stays in the cache. */
+INLINE int prepare(u64 seed, const struct verdict *out, struct asked *asked, struct place *places)
+{
+	const struct limit *limit;
+	u64 mixed, use;
+	u32 index;
+
+#pragma unroll
+	for (u32 level = 0; level < LEVELS; level++) {
+		u64 standing = out->standing[level] & 3;
+
+		use = less(level, out->cut);
+		/* /128 state exists for explicit entries only; IPv4 has no /128 and nothing above its /16 */
+		if (level == LEVEL_128)
+			use &= is_zero(standing) ^ 1;
+		if (level == LEVEL_128 || level == LEVEL_32)
+			use &= is_zero(out->ipv4);
+		index = ((out->service & 1) * STANDINGS + standing) * LEVELS + level;
+		limit = limits.lookup(&index);
+		if (!limit)
+			return 0;
+		use &= is_zero(limit->emission_interval_ns) ^ 1;
+		mixed = mixed_key(level_hi(out->hi, level), level == LEVEL_128 ? out->lo : 0, seed);
+		index = level_base(level) + (u32)(mixed & level_mask(level) & -use);
+		places[level].limit = limit;
+		asked[level].tag = row_tag(mixed, level_mask(level), out->service & 1);
+		asked[level].use = use;
+		places[level].line = rows.lookup(&index);
+		if (!places[level].line)
+			return 0;
+	}
+	return 1;
+}
+
+/* Ask all levels, shortest first, writing nothing. The level that refuses, or LEVELS. `no_room` is 1 if
+ * levels were asked and none can keep count. */
+INLINE u32 ask(struct asked *asked, struct place *places, u64 now, u64 *no_room)
+{
+	u64 base, exceeded, wanted = 0, room = 0;
+
+#pragma unroll
+	for (int level = LEVELS - 1; level >= 0; level--) {
+		struct asked *one = &asked[level];
+		struct place *at = &places[level];
+
+		find_row(at->line, one->tag, tag_bits(level_mask(level)), now, &one->row);
+		base = gcra_base(one->row.tat, now, at->limit);
+		/* a row that is not held is free or of no concern: it refuses nothing */
+		exceeded = gcra_exceeds(base, now, at->limit) & one->row.held & one->use;
+		if (exceeded)
+			return level;
+		wanted |= one->use;
+		room |= one->row.usable & one->use;
+	}
+	*no_room = wanted & (room ^ 1);
+	return LEVELS;
+}
+
+/* Charge every level asked, shortest first; on a lost race give all back. 1 if all were charged. */
+INLINE int charge(struct asked *asked, struct place *places, u64 now)
+{
+	u64 charged = 0, lost = 0;
+
+#pragma unroll
+	for (int level = LEVELS - 1; level >= 0; level--) {
+		struct asked *one = &asked[level];
+		struct place *at = &places[level];
+		u64 way = one->row.way & 3, won;
+
+		if (!(one->use & one->row.usable & (lost ^ 1)))
+			continue;
+		won = __sync_val_compare_and_swap(&at->line->tat_ns[way], one->row.tat,
+						  gcra_base(one->row.tat, now, at->limit) +
+							  at->limit->emission_interval_ns);
+		won = is_zero(won ^ one->row.tat);
+		lost |= won ^ 1;
+		charged |= won << level;
+		/* A claimed row belongs to its new owner from here on. Another CPU that still sees the old
+		 * tag may charge the old prefix's connection to it: at most one a CPU, as promised. */
+		if (won & (one->row.held ^ 1))
+			*(volatile u64 *)&at->line->tag[way] = one->tag;
+	}
+	if (!lost)
+		return 1;
+#pragma unroll
+	for (int level = LEVELS - 1; level >= 0; level--) {
+		struct asked *one = &asked[level];
+		struct place *at = &places[level];
+
+		if (charged & (1 << level))
+			__sync_fetch_and_add(&at->line->tat_ns[one->row.way & 3],
+					     -at->limit->emission_interval_ns);
+	}
+	return 0;
+}
+
+/* No level has room for this prefix: a verified sender passes, the others share one counted budget. */
+INLINE u32 judge_untracked(u64 now, const struct control *settings, const struct verdict *out)
+{
+	struct handshake_key key = { .hi = out->hi, .service = out->service };
+	struct limit limit = { .emission_interval_ns = settings->untracked_interval_ns,
+			       .burst_tolerance_ns = settings->untracked_tolerance_ns };
+	u32 zero = 0;
+	u64 *tat, seen, base;
+
+	if (handshakes.lookup(&key))
+		return REASON_VERIFIED;
+	tat = untracked.lookup(&zero);
+	if (!tat)
+		return REASON_INTERNAL;
+	seen = *(volatile u64 *)tat;
+	base = gcra_base(seen, now, &limit);
+	if (gcra_exceeds(base, now, &limit) ||
+	    __sync_val_compare_and_swap(tat, seen, base + limit.emission_interval_ns) != seen)
+		return REASON_LIMIT_UNTRACKED;
+	return REASON_UNTRACKED;
+}
+
+INLINE u32 limit_rate(u64 now, const struct control *settings, struct verdict *out)
+{
+	struct place places[LEVELS];
+	struct scratch *scratch_row;
+	struct identity *made;
+	u32 zero = 0, refused;
+	u64 untracked_only;
+
+	made = identity.lookup(&zero);
+	scratch_row = scratch.lookup(&zero);
+	if (!made || !scratch_row || !prepare(made->seed, out, scratch_row->asked, places))
+		return REASON_INTERNAL;
+	for (u64 attempt = 0; attempt < MAX_ATTEMPTS; attempt++) {
+		refused = ask(scratch_row->asked, places, now, &untracked_only);
+		if (refused < LEVELS) {
+			out->length = level_length(refused);
+			return REASON_LIMIT_128 + refused;
+		}
+		if (untracked_only)
+			return judge_untracked(now, settings, out);
+		if (charge(scratch_row->asked, places, now))
+			return out->cut < LEVELS ? REASON_CONFORMING_GOOD : REASON_CONFORMING;
+	}
+	return REASON_RACE_LOST;
+}
+
+/* From a SYN to the reason it passes or is refused for. */
+INLINE u32 judge(const struct packet *packet, u64 now, const struct control *settings, struct verdict *out)
+{
+	struct source source = {};
+	u32 port = packet->port;
+	u8 *service;
+
+	service = services.lookup(&port);
+	if (!service || !*service)
+		return REASON_OTHER_PORT;
+	out->service = (*service - 1) & 1;
+	if (settings->flags & CONTROL_LISTED_ONLY) {
+		struct address destination = { .hi = packet->destination_hi, .lo = packet->destination_lo };
+
+		if (!destinations.lookup(&destination))
+			return REASON_OTHER_DESTINATION;
+	}
+	out->syn = 1;
+	if (packet->ipv4)
+		key_ipv4((u32)packet->source_lo, &source);
+	else if (key_ipv6(packet->source_hi, packet->source_lo, &source))
+		return REASON_BOGON;
+	out->hi = source.hi;
+	out->lo = source.lo;
+	out->ipv4 = source.ipv4;
+	if (settings->flags & CONTROL_EXEMPT_PRIVATE &&
+	    (packet->ipv4 ? ipv4_is_private((u32)packet->source_lo) :
+			    ipv6_is_private(packet->source_hi, packet->source_lo)))
+		return REASON_EXEMPT;
+	match_policy(now, settings, out);
+	if (out->reason != REASON_INTERNAL)
+		return out->reason;
+	return limit_rate(now, settings, out);
+}
+
+INLINE int finish(u32 reason, const struct control *settings)
+{
+	int drop = settings->mode == MODE_ENFORCE &&
+		   (is_refusal(reason) || (is_unjudged(reason) && settings->flags & CONTROL_STRICT));
+
+	count(reason, drop);
+	return drop ? XDP_DROP : XDP_PASS;
+}
+
+/* Judge one packet; `recorded`: by the clock in `verdicts`, leaving the decision there in any case. */
+INLINE int run(struct xdp_md *ctx, int recorded)
+{
+	struct packet packet = {};
+	struct control *settings;
+	struct verdict *out;
+	u32 zero = 0, reason;
+	int parsed, action;
+	u64 now;
+
+	settings = control.lookup(&zero);
+	if (!settings)
+		return XDP_PASS;
+	parsed = parse((void *)(long)ctx->data, (void *)(long)ctx->data_end, &packet);
+	if (parsed != PARSED_SYN && !recorded)
+		return finish(parsed, settings);
+	out = verdicts.lookup(&zero);
+	if (!out)
+		return XDP_PASS;
+	now = recorded ? out->now_ns : bpf_ktime_get_ns();
+	__builtin_memset(out, 0, sizeof(*out));
+	out->now_ns = now;
+	out->dport = packet.port;
+	out->cut = LEVELS;
+	out->reason = REASON_INTERNAL;
+	reason = parsed == PARSED_SYN ? judge(&packet, now, settings, out) : parsed;
+	action = finish(reason, settings);
+	out->reason = reason;
+	out->drop = action == XDP_DROP;
+	return action;
+}
+
+int edge_xdp(struct xdp_md *ctx)
+{
+	return run(ctx, 0);
+}
+
+int edge_xdp_recorded(struct xdp_md *ctx)
+{
+	return run(ctx, 1);
+}

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Every map, with its row, key, writer, reader, size, and what happens when it is full.
+ *
+ * Sizes come from the configuration as -D constants (edge/kernel/program.py). With EDGE_PINS defined a
+ * map is pinned in that directory, or taken from there; without, it is private to the process: tests
+ * and `edge packets` run on private copies, never on the live maps.
+ */
+#ifdef EDGE_PINS
+#define EDGE_MAP(type, key, value, name, size, flags) \
+	BPF_TABLE_PINNED7(type, key, value, name, size, EDGE_PINS "/" #name, flags)
+#else
+#define EDGE_MAP(type, key, value, name, size, flags) BPF_F_TABLE(type, key, value, name, size, flags)
+#endif
+
+/* identity[0]: layout, build, seed. Writer: loader, once. Readers: program (seed), loader, daemon. */
+EDGE_MAP("array", u32, struct identity, identity, 1, 0);
+
+/* control[0]: heartbeat, mode, presence. Writer: daemon. Reader: program. */
+EDGE_MAP("array", u32, struct control, control, 1, 0);
+
+/* limits[(service * STANDINGS + standing) * LEVELS + level]. Writer: daemon. Reader: program. */
+EDGE_MAP("array", u32, struct limit, limits, SERVICES * STANDINGS * LEVELS, 0);
+
+/* services[port]: 0 = not protected, else service + 1. Writer: daemon. Reader: program. */
+EDGE_MAP("array", u32, u8, services, 65536, 0);
+
+/* destinations: protected addresses, asked only with CONTROL_LISTED_ONLY. Writer: daemon. Reader:
+ * program. Full: the daemon refuses the configuration. */
+EDGE_MAP("hash", struct address, u8, destinations, 4096, 0);
+
+/* policy: entries at the levels' lengths. Writer: daemon. Reader: program, by longest match. Full: the
+ * daemon keeps what is there, counts and logs what found no room; nothing is lost in nftables. */
+EDGE_MAP("hash", struct policy_key, struct policy_entry, policy, EDGE_POLICY_ENTRIES, 0);
+
+/* policy_ranges: entries between the levels. Asked only while control.policy_ranges is not 0, because a
+ * trie costs more than the whole rest of the way. Writer: daemon. Reader: program. Full: as policy. */
+EDGE_MAP("lpm_trie", struct range_key, struct policy_entry, policy_ranges, EDGE_POLICY_RANGES, BPF_F_NO_PREALLOC);
+
+/* rows: GCRA state, one region of lines a level (EDGE_LINES_x lines from EDGE_BASE_x on). Writer:
+ * program. Reader: daemon, through one memory mapping. Full (four live rows in a line): the prefix is
+ * charged at its shorter levels only; nothing live is ever evicted. */
+EDGE_MAP("array", u32, struct line, rows, EDGE_LINES, BPF_F_MMAPABLE);
+
+/* untracked[0]: TAT of the budget shared by those for whom no level had room. Writer: program. */
+EDGE_MAP("array", u32, u64, untracked, 1, 0);
+
+/* counters[reason], per CPU. Writer: program. Reader: daemon. */
+EDGE_MAP("percpu_array", u32, struct counter, counters, REASONS, 0);
+
+/* handshakes: completed and closed connections by /64 and service. Writer: sockops program. Readers:
+ * daemon; program, only when no level had room. Full: the least recently used goes (LRU): only
+ * completed handshakes write here, so forged SYNs cannot push anyone out. */
+EDGE_MAP("lru_hash", struct handshake_key, struct handshakes, handshakes, EDGE_HANDSHAKES, 0);
+
+/* verdicts[0], per CPU: how this CPU judged its last SYN; the clock of recorded packets comes in here.
+ * Writer: program. Reader: `edge packets`. Kept in a map and not on the stack (512 bytes), and so that
+ * the verifier forgets which of many ways led to a value: it would otherwise follow each of them through
+ * the limiter. */
+EDGE_MAP("percpu_array", u32, struct verdict, verdicts, 1, 0);
+
+/* scratch[0], per CPU: what each level needs to decide and to charge, between asking and charging. For
+ * the same two reasons. Writer and reader: program. */
+struct asked {
+	u64 tag;
+	u64 use;	/* 1: this level is asked */
+	struct row row;
+};
+struct scratch {
+	struct asked asked[LEVELS];
+};
+EDGE_MAP("percpu_array", u32, struct scratch, scratch, 1, 0);

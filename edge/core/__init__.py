@@ -1,0 +1,1 @@
+"""The pure core: evidence in, decisions out. No I/O, no clock, no randomness, no logging."""

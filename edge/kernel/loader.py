@@ -1,0 +1,243 @@
+"""Put the programs into the kernel, or adopt those that are there; and take every trace out again.
+
+Runs as root for a second and ends; what it pinned stays. The daemon opens the pins.
+
+Invariants:
+    no-gap: an upgrade swaps the program of a live link; there is no moment without one.
+    foreign-stays: an XDP program that is not ours is never displaced unless told to.
+    detach-leaves-nothing: after detach() no pin, link or program of ours is left.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pwd
+import shutil
+import time
+from pathlib import Path
+
+from edge.abi import Level
+from edge.config import Config
+from edge.errors import UnavailableError
+from edge.kernel import interfaces, libbpf
+from edge.kernel.compile import Compiled, compile_programs, write_identity
+from edge.kernel.libbpf import BpfError, Fd
+from edge.kernel.pins import Pins
+from edge.kernel.program import Sizes
+
+log = logging.getLogger(__name__)
+
+
+def sizes(config: Config) -> Sizes:
+    """Table sizes of a configuration."""
+    return Sizes(rows=tuple(config.tables.rows(level) for level in Level))
+
+
+def cgroup(config: Config) -> Path:
+    """The cgroup v2 directory whose sockets are counted; UnavailableError when no cgroup v2 is mounted."""
+    if config.paths.cgroup != "auto":
+        path = Path(config.paths.cgroup)
+        if not path.is_dir():
+            raise UnavailableError(f"[paths] cgroup: expected a cgroup v2 directory, found nothing at {path}")
+        return path
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, *_ = line.split()
+        if kind == "cgroup2":
+            return Path(where)
+    raise UnavailableError("no cgroup v2 file system is mounted: mount one, or name it in [paths] cgroup")
+
+
+def is_current(config: Config) -> bool:
+    """Whether what is pinned and attached is just what load() would make: nothing to do."""
+    pins = Pins(Path(config.paths.pins))
+    if not pins.build_matches(sizes(config)) or not pins.sockops_link.exists():
+        return False
+    return all(_link_is_live(pins, index) for index in interfaces.resolve(config.interfaces.names).values())
+
+
+def load(config: Config, *, replace: bool = False, user: str | None = None) -> None:
+    """Compile (unless what is pinned is already this build), pin, attach.
+
+    `replace` displaces a foreign XDP program; `user` is given the pins. UnavailableError says what the kernel or the
+    host lacks; nothing is attached then that was not before.
+    """
+    if os.geteuid() != 0:
+        raise UnavailableError("loading needs root: run `edge load` as root, the daemon itself needs it not")
+    pins = Pins(Path(config.paths.pins))
+    targets = interfaces.resolve(config.interfaces.names)
+    group = cgroup(config)
+    _make_directory(pins.root)
+    started = time.monotonic()
+    if pins.build_matches(sizes(config)):
+        log.info("programs adopted", extra={"fields": {"pins": str(pins.root)}})
+    else:
+        _install(pins, sizes(config))
+        log.info(
+            "programs loaded",
+            extra={"fields": {"pins": str(pins.root), "seconds": f"{time.monotonic() - started:.2f}"}},
+        )
+    with libbpf.get(pins.program("xdp")) as xdp, libbpf.get(pins.program("sockops")) as sockops:
+        for name, index in targets.items():
+            _attach(pins, name, index, xdp.number, config.interfaces.xdp_mode, replace=replace)
+        _attach_sockops(pins, group, sockops.number)
+    _drop_stale_links(pins, set(targets.values()))
+    _hand_over(pins.root, user)
+
+
+def detach(config: Config) -> list[str]:
+    """Take everything out of the kernel; what was removed, as text. Nothing there is no error."""
+    pins = Pins(Path(config.paths.pins))
+    if not pins.root.is_dir():
+        return []
+    removed = []
+    for path in [*pins.xdp_links().values(), pins.sockops_link]:
+        if path.exists():
+            with libbpf.get(path) as link:
+                libbpf.detach_link(link.number)
+            removed.append(path.name)
+    shutil.rmtree(pins.root)
+    return [*removed, str(pins.root)]
+
+
+def _make_directory(root: Path) -> None:
+    """The pin directory, on a BPF file system; its parents are made too."""
+    if "." in str(root):
+        raise UnavailableError(f"[paths] pins: expected a path without dots (the BPF file system refuses them): {root}")
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (root / "maps").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UnavailableError(
+            f"[paths] pins: cannot make {root} ({error.strerror}): is a BPF file system mounted at /sys/fs/bpf?"
+            " (mount -t bpf bpf /sys/fs/bpf)"
+        ) from error
+
+
+def _install(pins: Pins, wanted: Sizes) -> None:
+    """Compile against the pinned maps where their layout fits, else against new ones; pin the programs."""
+    made = pins.identity()
+    fits = made is not None and pins.layout_matches(wanted)
+    if made is not None and not fits:
+        log.warning(
+            "layout of the tables changed: made anew, limits start afresh", extra={"fields": {"pins": str(pins.root)}}
+        )
+    where = pins.maps
+    if not fits:
+        # beside the old ones, which the attached program goes on using until it is swapped
+        where = pins.root / "maps_new"
+        shutil.rmtree(where, ignore_errors=True)
+        where.mkdir(mode=0o700)
+    compiled = compile_programs(wanted, pins=where)
+    write_identity(compiled.maps, wanted, time.monotonic_ns())
+    if not fits:
+        _copy_policy(pins, compiled)
+        _swap_in(pins, compiled)
+        shutil.rmtree(pins.maps)
+        where.rename(pins.maps)
+    else:
+        _swap_in(pins, compiled)
+
+
+def _swap_in(pins: Pins, compiled: Compiled) -> None:
+    """Pin the new programs and give them to the links that live."""
+    for name in ("xdp", "sockops"):
+        libbpf.pin(compiled.programs[f"edge_{name}"], pins.program(name))
+    links = dict.fromkeys(pins.xdp_links().values(), "edge_xdp") | {pins.sockops_link: "edge_sockops"}
+    for path, program in links.items():
+        if not path.exists():
+            continue
+        with libbpf.get(path) as link:
+            try:
+                libbpf.update_link(link.number, compiled.programs[program])
+            except BpfError as error:
+                if error.errno != errno.ENOLINK:  # its interface or cgroup is gone: dropped below
+                    raise
+                path.unlink()
+
+
+def _copy_policy(pins: Pins, compiled: Compiled) -> None:
+    """Give new tables the settings and entries of old ones where these have the same shape: no block is lost by an
+    upgrade that only resizes."""
+    for name in ("control", "limits", "services", "destinations", "policy", "policy_ranges"):
+        try:
+            old = pins.open_map(name)
+        except UnavailableError:
+            continue
+        for key, value in zip(*old.items(), strict=True):
+            compiled.maps[name].put(key, value)
+
+
+def _link_is_live(pins: Pins, ifindex: int) -> bool:
+    path = pins.xdp_link(ifindex)
+    if not path.exists():
+        return False
+    with libbpf.get(path) as link:
+        return libbpf.link_info(link.number).ifindex == ifindex
+
+
+def _attach(pins: Pins, name: str, ifindex: int, program: int, mode: str, *, replace: bool) -> None:
+    if _link_is_live(pins, ifindex):
+        return
+    pins.xdp_link(ifindex).unlink(missing_ok=True)
+    foreign = libbpf.attached_program(ifindex)
+    if foreign:
+        _displace(name, ifindex, foreign, replace=replace)
+    link, used = _link(name, ifindex, program, mode)
+    with link:
+        libbpf.pin(link.number, pins.xdp_link(ifindex))
+    log.info("attached", extra={"fields": {"interface": name, "xdp": used}})
+
+
+def _displace(name: str, ifindex: int, foreign: int, *, replace: bool) -> None:
+    theirs = libbpf.program_info_by_id(foreign)
+    what = f"interface {name} already has an XDP program (id {theirs.id}, name {theirs.name!r}, tag {theirs.tag})"
+    if not replace:
+        raise UnavailableError(f"{what}: it was left alone; use --replace to displace it")
+    libbpf.detach_foreign(ifindex)
+    log.warning("displaced a foreign XDP program", extra={"fields": {"interface": name, "program": theirs.name}})
+
+
+def _link(name: str, ifindex: int, program: int, mode: str) -> tuple[Fd, str]:
+    """Attach natively where the driver can, else generically; says which. Attaching may reset a NIC."""
+    if mode != "generic":
+        try:
+            return libbpf.attach_xdp(program, ifindex, libbpf.XDP_NATIVE), "native"
+        except BpfError as error:
+            if mode == "native":
+                raise UnavailableError(
+                    f"interface {name}: its driver has no native XDP for this program ({error})"
+                ) from error
+            log.info("no native XDP here, generic instead", extra={"fields": {"interface": name, "why": str(error)}})
+    return libbpf.attach_xdp(program, ifindex, libbpf.XDP_GENERIC), "generic"
+
+
+def _attach_sockops(pins: Pins, group: Path, program: int) -> None:
+    if pins.sockops_link.exists():
+        return
+    with libbpf.attach_sockops(program, group) as link:
+        libbpf.pin(link.number, pins.sockops_link)
+    log.info("counting handshakes", extra={"fields": {"cgroup": str(group)}})
+
+
+def _drop_stale_links(pins: Pins, wanted: set[int]) -> None:
+    """Links of interfaces that are gone or no longer configured."""
+    for index, path in pins.xdp_links().items():
+        if index not in wanted:
+            with libbpf.get(path) as link:
+                libbpf.detach_link(link.number)
+            path.unlink()
+            log.info("detached", extra={"fields": {"ifindex": index}})
+
+
+def _hand_over(root: Path, user: str | None) -> None:
+    """Let an unprivileged daemon open the pins: their file mode is the access control."""
+    if user is None:
+        return
+    try:
+        owner = pwd.getpwnam(user)
+    except KeyError:
+        raise UnavailableError(f"user {user!r}: expected an existing user to hand the pins to, found none") from None
+    for path in [root, *root.rglob("*")]:
+        os.chown(path, owner.pw_uid, owner.pw_gid)

@@ -1,0 +1,108 @@
+"""The text of the kernel programs and the constants it is compiled with.
+
+Nothing here needs bcc: the daemon computes the same build id as the loader and so knows, without compiling, whether
+what is pinned is what it would load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge import abi
+from edge.abi import Level
+from edge.core.prefix import LENGTHS
+
+FILES = ("base.h", "abi.h", "prefix.h", "gcra.h", "rows.h", "parse.h", "maps.h", "edge_xdp.c", "edge_sockops.c")
+"""In the order of the flow; bcc rewrites map accesses only in the main file, so they become one text."""
+
+U32 = np.dtype("<u4")
+MAPS: dict[str, tuple[np.dtype, np.dtype]] = {
+    "identity": (U32, abi.IDENTITY),
+    "control": (U32, abi.CONTROL),
+    "limits": (U32, abi.LIMIT),
+    "services": (U32, np.dtype("u1")),
+    "destinations": (abi.ADDRESS, np.dtype("u1")),
+    "policy": (abi.POLICY_KEY, abi.POLICY_ENTRY),
+    "policy_ranges": (abi.RANGE_KEY, abi.POLICY_ENTRY),
+    "rows": (U32, abi.LINE),
+    "untracked": (U32, np.dtype("<u8")),
+    "counters": (U32, abi.COUNTER),
+    "handshakes": (abi.HANDSHAKE_KEY, abi.HANDSHAKES),
+    "verdicts": (U32, abi.VERDICT),
+}
+"""Key and value of every map user space opens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How large the tables are. `rows` is by level, longest first, each a power of two of at least 4096."""
+
+    rows: tuple[int, ...]
+    policy_entries: int = 262_144
+    policy_ranges: int = 65_536
+    handshakes: int = 262_144
+
+    def lines(self, level: Level) -> int:
+        """Cache lines of a level."""
+        return self.rows[level] // abi.ROWS_PER_LINE
+
+    def base(self, level: Level) -> int:
+        """First line of a level's region in the map `rows`."""
+        return sum(self.lines(shorter) for shorter in Level if shorter < level)
+
+    @property
+    def all_lines(self) -> int:
+        """Lines of all levels together."""
+        return sum(self.rows) // abi.ROWS_PER_LINE
+
+
+def directory() -> Path:
+    """Where the sources are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_bpf"
+    return installed if installed.is_dir() else package.parent / "bpf"
+
+
+def text() -> str:
+    """The program as one text; compiler messages name the file and line they come from."""
+    return "".join(_numbered(name) for name in FILES)
+
+
+def _numbered(name: str) -> str:
+    source = (directory() / name).read_text(encoding="utf-8")
+    return f'#line 1 "{name}"\n' + re.sub(r'^#include ".*"$', "", source, flags=re.MULTILINE) + "\n"
+
+
+def flags(sizes: Sizes) -> list[str]:
+    """Compiler flags that carry the sizes."""
+    return [f"-D{name}={value}" for name, value in _constants(sizes)]
+
+
+def _constants(sizes: Sizes) -> Iterator[tuple[str, int]]:
+    yield "EDGE_LINES", sizes.all_lines
+    yield "EDGE_POLICY_ENTRIES", sizes.policy_entries
+    yield "EDGE_POLICY_RANGES", sizes.policy_ranges
+    yield "EDGE_HANDSHAKES", sizes.handshakes
+    for level in Level:
+        yield f"EDGE_LINES_{LENGTHS[level]}", sizes.lines(level)
+        yield f"EDGE_BASE_{LENGTHS[level]}", sizes.base(level)
+
+
+def layout_id(sizes: Sizes) -> int:
+    """64-bit hash of what the maps look like: equal means that maps may be adopted."""
+    return _hash(f"{abi.ABI_ID} {flags(sizes)} {(directory() / 'maps.h').read_text(encoding='utf-8')}")
+
+
+def build_id(sizes: Sizes) -> int:
+    """64-bit hash of program and sizes: equal means that the pinned programs are these."""
+    return _hash(f"{abi.ABI_ID} {flags(sizes)} {text()}")
+
+
+def _hash(what: str) -> int:
+    return int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "little")
