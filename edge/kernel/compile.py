@@ -27,12 +27,12 @@ class Compiled:
 
     def __init__(self, bpf: Any, entry_points: dict[str, int]) -> None:
         self._bpf = bpf
-        self.programs = {name: int(bpf.load_func(name, kind).fd) for name, kind in entry_points.items()}
+        self.programs = {name: int(bpf.load_func(name.encode(), kind).fd) for name, kind in entry_points.items()}
         self.maps = {name: self._map(name) for name in program.MAPS}
 
     def _map(self, name: str) -> Map:
         key, value = program.MAPS[name]
-        table = self._bpf[name]
+        table = self._bpf[name.encode()]
         for what, expected, found in (("key", key, table.Key), ("value", value, getattr(table, "sLeaf", table.Leaf))):
             _compare_layout(f"{what} of map {name}", expected, found)
         return Map(Fd(os.dup(table.map_fd)), key, value)
@@ -58,7 +58,7 @@ def compile_programs(sizes: Sizes, *, pins: Path | None, recorded: bool = False)
     if pins is not None:
         options.append(f'-DEDGE_PINS="{pins}"')
     try:
-        bpf = BPF(text=program.text(), cflags=options)
+        bpf = BPF(text=program.text().encode(), cflags=options)
     except Exception as error:  # bcc raises bare Exceptions; its own words went to standard error
         raise UnavailableError(f"the kernel programs do not compile: {error}") from error
     entry_points = {"edge_xdp": BPF.XDP, "edge_sockops": BPF.SOCK_OPS}

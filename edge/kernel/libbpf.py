@@ -32,7 +32,11 @@ class BpfError(UnavailableError):
 
     def __init__(self, what: str, number: int) -> None:
         super().__init__(f"{what}: {os.strerror(number)} ({errno.errorcode.get(number, number)})")
-        self.errno = number
+        self.what, self.errno = what, number
+
+    def __reduce__(self) -> tuple[type[BpfError], tuple[str, int]]:
+        """The loader is a child process: its errors must survive the way back."""
+        return BpfError, (self.what, self.errno)
 
 
 class _XdpAttachOpts(c.Structure):

@@ -15,6 +15,7 @@ import logging
 import os
 import pwd
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from edge.kernel.pins import Pins
 from edge.kernel.program import Sizes
 
 log = logging.getLogger(__name__)
+
+BPFFS = Path("/sys/fs/bpf")
 
 
 def sizes(config: Config) -> Sizes:
@@ -61,14 +64,22 @@ def load(config: Config, *, replace: bool = False, user: str | None = None) -> N
     """Compile (unless what is pinned is already this build), pin, attach.
 
     `replace` displaces a foreign XDP program; `user` is given the pins. UnavailableError says what the kernel or the
-    host lacks; nothing is attached then that was not before.
+    host lacks, or that a daemon is using the pins; nothing is attached then that was not before.
     """
     if os.geteuid() != 0:
         raise UnavailableError("loading needs root: run `edge load` as root, the daemon itself needs it not")
+    root = Path(config.paths.pins)
+    make_directory(root)
+    with Pins(root).lock():
+        install(config, replace=replace)
+    _hand_over(root, user)
+
+
+def install(config: Config, *, replace: bool) -> None:
+    """What load() does for whoever holds the lock on the pins."""
     pins = Pins(Path(config.paths.pins))
     targets = interfaces.resolve(config.interfaces.names)
     group = cgroup(config)
-    _make_directory(pins.root)
     started = time.monotonic()
     if pins.build_matches(sizes(config)):
         log.info("programs adopted", extra={"fields": {"pins": str(pins.root)}})
@@ -83,7 +94,6 @@ def load(config: Config, *, replace: bool = False, user: str | None = None) -> N
             _attach(pins, name, index, xdp.number, config.interfaces.xdp_mode, replace=replace)
         _attach_sockops(pins, group, sockops.number)
     _drop_stale_links(pins, set(targets.values()))
-    _hand_over(pins.root, user)
 
 
 def detach(config: Config) -> list[str]:
@@ -91,6 +101,11 @@ def detach(config: Config) -> list[str]:
     pins = Pins(Path(config.paths.pins))
     if not pins.root.is_dir():
         return []
+    with pins.lock():
+        return [*_detach(pins), str(pins.root)]
+
+
+def _detach(pins: Pins) -> list[str]:
     removed = []
     for path in [*pins.xdp_links().values(), pins.sockops_link]:
         if path.exists():
@@ -98,21 +113,29 @@ def detach(config: Config) -> list[str]:
                 libbpf.detach_link(link.number)
             removed.append(path.name)
     shutil.rmtree(pins.root)
-    return [*removed, str(pins.root)]
+    return removed
 
 
-def _make_directory(root: Path) -> None:
-    """The pin directory, on a BPF file system; its parents are made too."""
+def make_directory(root: Path) -> None:
+    """The pin directory, on a BPF file system, which is mounted first where init did not do it."""
     if "." in str(root):
         raise UnavailableError(f"[paths] pins: expected a path without dots (the BPF file system refuses them): {root}")
+    if BPFFS in root.parents and not os.path.ismount(BPFFS):
+        _mount_bpffs()
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (root / "maps").mkdir(mode=0o700, exist_ok=True)
+        (root / "maps").mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UnavailableError(
-            f"[paths] pins: cannot make {root} ({error.strerror}): is a BPF file system mounted at /sys/fs/bpf?"
-            " (mount -t bpf bpf /sys/fs/bpf)"
+            f"[paths] pins: expected a directory on a BPF file system, cannot make {root}: {error.strerror}"
         ) from error
+
+
+def _mount_bpffs() -> None:
+    """systemd mounts it at boot; other inits do not."""
+    done = subprocess.run(["mount", "-t", "bpf", "bpf", str(BPFFS)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UnavailableError(f"no BPF file system at {BPFFS}, and mounting one failed: {done.stderr.strip()}")
+    log.info("mounted a BPF file system", extra={"fields": {"at": str(BPFFS)}})
 
 
 def _install(pins: Pins, wanted: Sizes) -> None:

@@ -1,0 +1,394 @@
+"""The loop around the core: read, learn, decide, install, tell.
+
+    heartbeat ─ counters ─┐
+    sources ── events ────┴─ step ── desired ── plan ──┬─ policy maps
+    operator, exempt entries ────┘                     ├─ nftables sets
+                                                       └─ journal, metrics
+
+One thread, one tick at a time; control requests are answered between ticks. What the kernel holds goes on without us:
+the programs, links and maps are pinned, so killing this process at any moment leaves the limits working, and the next
+one adopts them.
+
+Invariants:
+    heartbeat-first: a tick tells the kernel that we live before it does anything that can fail.
+    nftables-trouble-is-survived: an error there is logged and counted; the next tick compares again.
+    one-daemon: see edge.kernel.pins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from sdnotify import SystemdNotifier
+
+from edge import exemptions
+from edge.abi import Level, Mode, Origin, Service, Standing
+from edge.config import Config, listen_address
+from edge.control import ControlServer
+from edge.core.match import Entries, scorable
+from edge.core.model import Decision, Entry, batch
+from edge.core.plan import plan
+from edge.core.policy import desired
+from edge.core.prefix import Prefix
+from edge.core.snapshot import Snapshot, delta
+from edge.core.step import Inputs, Outcome, State, adopt, step
+from edge.errors import UnavailableError
+from edge.kernel import interfaces, libbpf, loader
+from edge.kernel.libbpf import Fd
+from edge.kernel.maps import Tables
+from edge.kernel.nft import NftParams, NftSets
+from edge.kernel.pins import Pins
+from edge.metrics import Exporter, Metrics, SourceMetrics, TickTimes
+from edge.sources import Sources
+from edge.store import Store
+from edge.verbs import Verbs
+
+log = logging.getLogger(__name__)
+
+EXEMPTIONS_EVERY_S = 300.0
+"""Addresses of interfaces and mynetworks change rarely; asking costs a process."""
+
+
+class SystemClock:
+    """ports.Clock of the real world."""
+
+    def now_s(self) -> float:
+        """CLOCK_MONOTONIC, which the kernel programs use too."""
+        return time.monotonic()
+
+    def wall_s(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counted since the daemon started."""
+
+    ticks: TickTimes = field(default_factory=TickTimes)
+    last_tick_s: float = 0.0
+    late: int = 0
+    decisions: Counter[tuple[str, Standing]] = field(default_factory=Counter)
+    violations: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """An interface with our program on it."""
+
+    ifindex: int
+    mode: str  # native or generic
+    program_id: int
+
+
+class Daemon:
+    """Everything one installation consists of while it runs."""
+
+    def __init__(
+        self,
+        config: Config,
+        attached: dict[str, Attachment],
+        exempt: list[Entry],
+        tables: Tables,
+        nft: NftSets | None,
+        store: Store,
+        sources: Sources,
+    ) -> None:
+        self.config, self.clock = config, SystemClock()
+        self.attached, self.exempt = attached, exempt
+        self.tables, self.nft, self.store, self.sources = tables, nft, store, sources
+        self.started_s = self.clock.now_s()
+        self.totals = Totals()
+        self.snapshot: Snapshot | None = None
+        self.outcome: Outcome | None = None
+        self.desired: Entries = {}
+        self.nft_in_sync = False
+        self.state = State(config.core.reputation)
+        self.operator = {entry.key: entry for entry in store.operator_entries()}
+        self._fixed: tuple[Entry, ...] = ()
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Go on with what an earlier daemon had learned: its entries are still in the kernel."""
+        now_s = self.clock.now_s()
+        found = [self._with_reason(entry) for entry in self.tables.policy.installed().values()]
+        adopt(self.state, found, now_s)
+        self.state.ledger.next_id = max(self.state.ledger.next_id, self.store.last_decision() + 1)
+        learned = sum(entry.origin is Origin.LEARNED for entry in found)
+        log.info("adopted", extra={"fields": {"learned": learned, "operator": len(self.operator)}})
+
+    def _with_reason(self, entry: Entry) -> Entry:
+        """The journal's reason for an entry found in the kernel."""
+        if entry.origin is not Origin.LEARNED:
+            return entry
+        rows = self.store.journal(entry.prefix, limit=20)
+        reason = next((row.reason for row in rows if row.id == entry.decision), entry.reason)
+        return replace(entry, reason=reason)
+
+    def fixed(self) -> tuple[Entry, ...]:
+        """Entries that nothing learned overrides; the same tuple until one of them changes."""
+        now_s = self.clock.now_s()
+        for key, entry in list(self.operator.items()):
+            if entry.expires_s is not None and entry.expires_s <= now_s:
+                del self.operator[key]
+                self.store.drop_operator(*key)
+                self._fixed = ()
+        if not self._fixed:
+            self._fixed = (*self.exempt, *self.operator.values())
+        return self._fixed
+
+    def exempt_now(self, exempt: list[Entry]) -> None:
+        """Exempt these from the next tick on."""
+        if exempt != self.exempt:
+            self.exempt, self._fixed = exempt, ()
+            log.info("exemptions changed", extra={"fields": {"entries": len(exempt)}})
+
+    def change_operator(self, put: Sequence[Entry], drop: Sequence[Entry]) -> None:
+        """Take an operator's command: stored first, in force when this returns."""
+        now_s = self.clock.now_s()
+        for entry in drop:
+            self.store.drop_operator(*entry.key)
+            self.operator.pop(entry.key, None)
+        for entry in put:
+            self.store.put_operator(entry)
+            self.operator[entry.key] = entry
+        self._fixed = ()
+        self._install(now_s)
+        self._record(
+            [Decision(id=self.next_decision(), at_s=now_s, action="close", entry=entry) for entry in drop]
+            + [Decision(id=entry.decision, at_s=now_s, action="open", entry=entry) for entry in put]
+        )
+
+    def release(self, service: Service, prefix: Prefix) -> Entry | None:
+        """End a learned block at an operator's word; the entry, or None where there is none."""
+        now_s = self.clock.now_s()
+        entry = self.state.ledger.entry(service, prefix)
+        if entry is None or entry.standing is not Standing.BLOCK:
+            return None
+        self._record([self.state.ledger.release(entry, now_s, "released by an operator")])
+        return entry
+
+    def next_decision(self) -> int:
+        """An id for an operator's command, from the same numbers as the core's decisions."""
+        ledger = self.state.ledger
+        ledger.next_id += 1
+        return ledger.next_id - 1
+
+    def tick(self) -> None:
+        """One round. Errors of the kernel end the daemon; those of nftables do not."""
+        began_s = self.clock.now_s()
+        self.tables.heartbeat(began_s)
+        before, self.snapshot = self.snapshot, self.tables.read(began_s)
+        fixed = self.fixed()
+        events = scorable(
+            batch(self.sources.poll()), self.state.guard(fixed), exempt_private=self.config.exempt.private
+        )
+        inputs = Inputs(events=events, delta=delta(before, self.snapshot), fixed=fixed)
+        self.outcome = step(self.state, inputs, began_s, self.config.core)
+        self._install(began_s)
+        self._record(self.outcome.decisions)
+        self.totals.last_tick_s = self.clock.now_s() - began_s
+        self.totals.ticks = self.totals.ticks.with_tick(self.totals.last_tick_s)
+
+    def _install(self, now_s: float) -> None:
+        """Make kernel and nftables hold what is wanted, by differences."""
+        learned = self.state.ledger.learned
+        self.desired = desired(learned, self.fixed(), now_s)
+        policy = self.tables.policy
+        changes = plan(self.desired, policy.installed(), now_s, self.config.plan)
+        policy.announce(changes.put)
+        self.tables.heartbeat(now_s)
+        policy.apply(changes.put, changes.drop)
+        if self.nft is not None:
+            self._install_nft(self.nft, now_s)
+
+    def _install_nft(self, nft: NftSets, now_s: float) -> None:
+        try:
+            nft.drifted()
+            changes = plan(self.desired, nft.installed(), now_s, self.config.plan)
+            nft.apply(changes.put, changes.drop)
+            nft.renew()
+            self.nft_in_sync = not changes.deferred
+        except UnavailableError as error:
+            self.nft_in_sync = False
+            log.error("nftables not in sync", extra={"fields": {"error": error}})
+
+    def _record(self, decisions: Sequence[Decision]) -> None:
+        self.store.write(decisions)
+        for decision in decisions:
+            entry = decision.entry
+            self.totals.decisions[decision.action, entry.standing] += 1
+            fields = {
+                "action": decision.action,
+                "standing": entry.standing.name.lower(),
+                "prefix": entry.prefix,
+                "service": entry.service.name.lower(),
+                "reason": entry.reason,
+                "id": decision.id,
+            }
+            log.info("decided", extra={"fields": fields})
+
+    def metrics(self) -> Metrics:
+        """Everything /metrics shows, as of now."""
+        assert self.snapshot is not None
+        entries = Counter((entry.standing, entry.origin, entry.service) for entry in self.desired.values())
+        nft = self.nft
+        return Metrics(
+            mode=Mode[self.config.mode.upper()],
+            packets=self.snapshot.counters,
+            rows_active=self.snapshot.rows_active,
+            rows_capacity=np.array([self.config.tables.rows(level) for level in Level]),
+            entries=entries,
+            decisions=dict(self.totals.decisions),
+            evidence={
+                stats.name: SourceMetrics(events=stats.events, errors=stats.errors, dropped=stats.dropped)
+                for stats in self.sources.stats()
+            },
+            ticks=self.totals.ticks,
+            ticks_late=self.totals.late,
+            last_tick_wall_s=self.clock.wall_s(),
+            interfaces={name: row.mode for name, row in self.attached.items()},
+            nftables_enabled=nft is not None,
+            nftables_in_sync=self.nft_in_sync,
+            nftables_elements=0 if nft is None else nft.elements,
+            nftables_repairs=0 if nft is None else nft.repairs,
+            journal_lost=self.store.lost,
+            violations=dict(self.totals.violations),
+        )
+
+
+def _attached(config: Config) -> dict[str, Attachment]:
+    pins = Pins(Path(config.paths.pins))
+    found = {}
+    for name, index in interfaces.resolve(config.interfaces.names).items():
+        with libbpf.get(pins.xdp_link(index)) as link:
+            program = libbpf.link_info(link.number).program_id
+        native = libbpf.attached_program(index, libbpf.XDP_NATIVE) == program
+        found[name] = Attachment(ifindex=index, mode="native" if native else "generic", program_id=program)
+    return found
+
+
+def run(config: Config, *, replace: bool = False) -> int:
+    """Run until SIGTERM or SIGINT; as root the programs are loaded first. Returns the exit code."""
+    with _hold_pins(config):
+        _load_if_needed(config, replace=replace)
+        attached = _attached(config)
+        exempt = exemptions.entries(config, list(attached))
+        asyncio.run(_serve(config, attached, exempt))
+    return 0
+
+
+def _hold_pins(config: Config) -> Fd:
+    """The one daemon's lock on the pins; root makes their directory when it is the first."""
+    root = Path(config.paths.pins)
+    if os.geteuid() == 0:
+        loader.make_directory(root)
+    if not root.is_dir():
+        raise UnavailableError(f"{root}: nothing is loaded there: run `edge load` as root first")
+    return Pins(root).lock()
+
+
+def _load_if_needed(config: Config, *, replace: bool) -> None:
+    """Load in a child process, so that the compiler's hundred megabytes, or its crash, are not ours."""
+    if loader.is_current(config):
+        return
+    if os.geteuid() != 0:
+        raise UnavailableError(f"{config.paths.pins}: not loaded, or another version is: run `edge load` as root first")
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("fork")) as child:
+        try:
+            child.submit(loader.install, config, replace=replace).result()
+        except BrokenProcessPool:
+            raise UnavailableError("the compiler ended abruptly: run `edge load` to see its messages") from None
+
+
+def _nftables(config: Config, clock: SystemClock) -> NftSets | None:
+    """Our table, adopted or made; None where it is switched off."""
+    if not config.nftables.enabled:
+        return None
+    params = NftParams(
+        table=config.nftables.table, priority=config.nftables.priority, lease_s=max(20.0, config.heartbeat.grace_s)
+    )
+    ports = {service: config.services.ports(service) for service in Service}
+    nft = NftSets(clock=clock, params=params, ports=ports, mode=Mode[config.mode.upper()])
+    nft.adopt()
+    return nft
+
+
+async def _serve(config: Config, attached: dict[str, Attachment], exempt: list[Entry]) -> None:
+    """Open everything, tick until told to stop, close everything."""
+    clock = SystemClock()
+    tables = Tables.open(Path(config.paths.pins), loader.sizes(config))
+    tables.configure(config, clock.now_s())
+    nft = _nftables(config, clock)
+    exporter = Exporter(version("edge-throttler"))
+    sources = Sources(config, clock.now_s)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with Store.open(Path(config.paths.state), clock, config.journal) as store:
+        daemon = Daemon(config, attached, exempt, tables, nft, store, sources)
+        await sources.start()
+        control = await ControlServer.start(
+            Path(config.control.socket),
+            Verbs(daemon).handlers(),
+            mode=config.control.mode,
+            group=config.control.group,
+        )
+        if config.metrics.enabled:
+            host, port = exporter.start(*listen_address(config.metrics.listen))
+            log.info("metrics", extra={"fields": {"url": f"http://{host}:{port}/metrics"}})
+        refresh = asyncio.create_task(_refresh_exemptions(daemon))
+        try:
+            await _loop(daemon, exporter, stop)
+        finally:
+            refresh.cancel()
+            SystemdNotifier().notify("STOPPING=1")
+            await control.close()
+            await sources.stop()
+            exporter.close()
+            if nft is not None:
+                nft.close()
+    log.info("stopped", extra={"fields": {"limits": "go on in the kernel", "take them out with": "edge detach"}})
+
+
+async def _refresh_exemptions(daemon: Daemon) -> None:
+    """Addresses of interfaces and mynetworks change. Asked in a thread: it waits for netlink and for postconf."""
+    while True:
+        await asyncio.sleep(EXEMPTIONS_EVERY_S)
+        daemon.exempt_now(await asyncio.to_thread(exemptions.entries, daemon.config, list(daemon.attached)))
+
+
+async def _loop(daemon: Daemon, exporter: Exporter, stop: asyncio.Event) -> None:
+    """Tick on a fixed grid; a late tick skips what it missed instead of hurrying after it."""
+    interval_s = daemon.config.tick_s
+    notifier = SystemdNotifier()
+    due_s = daemon.clock.now_s()
+    while not stop.is_set():
+        daemon.tick()
+        exporter.update(daemon.metrics())
+        if daemon.totals.ticks.total == 1:
+            log.info("ready", extra={"fields": {"mode": daemon.config.mode, "interfaces": ",".join(daemon.attached)}})
+            notifier.notify("READY=1")
+        notifier.notify("WATCHDOG=1")
+        due_s += interval_s
+        late_s = daemon.clock.now_s() - due_s
+        if late_s > interval_s:
+            daemon.totals.late += 1
+            due_s += late_s // interval_s * interval_s
+        try:
+            await asyncio.wait_for(stop.wait(), max(0.0, due_s - daemon.clock.now_s()))
+        except TimeoutError:
+            continue
