@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.bpf.harness import Harness
@@ -15,6 +13,6 @@ def loaded() -> Harness:
 
 
 @pytest.fixture
-def xdp(loaded: Harness) -> Iterator[Harness]:
+def xdp(loaded: Harness) -> Harness:
     loaded.reset()
-    yield loaded
+    return loaded
