@@ -140,15 +140,16 @@ def test_random_schedules_agree_with_the_model(xdp: Harness) -> None:
         now += rng.randrange(SECOND // 20)
         hi = 0x20010DB8 << 32 | rng.choice([0, 1]) << 16 | rng.choice([1, 2, 3, 4, 0x101, 0x102])
         lo, service = rng.choice([5, 6]), rng.choice(list(Service))
-        standing, cut = {}, 5
+        chosen: dict[Level, Standing] = {}
+        cut = 5
         for level in Level:
             found = by_key.get((service, Prefix.of(hi, lo, (128, 64, 56, 48, 32)[level])))
             if found is not None:
-                standing[level] = found.standing
+                chosen[level] = found.standing
                 if found.standing is Standing.GOOD:
                     cut = level + 1
                     break
-        expected = model.judge(hi, lo, service, now, standing, cut)
+        expected = model.judge(hi, lo, service, now, chosen, cut)
         judged = xdp.judge_ns(p.syn(source(hi, lo), 25 if service is Service.MX else 465), now)
         admitted = Reason.CONFORMING_GOOD if cut < 5 else Reason.CONFORMING
         wanted = admitted if expected is None else LIMIT_REASON[expected]

@@ -1,0 +1,294 @@
+"""The daemon as an administrator meets it: start, kill, restart, upgrade, refuse, detach. Real kernel, real nft."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge.abi import Reason
+from edge.kernel import libbpf
+from edge.kernel.pins import Pins
+from edge.kernel.program import U32
+from edge.lab import network
+from tests.e2e.host import Host, Reader, host, wait
+
+pytestmark = pytest.mark.root
+
+LIMITED = """mode = "enforce"
+[limits.mx.new]
+64 = { rate_per_min = 600, burst = 30 }
+"""
+SMALL_TABLES = """
+[tables]
+rows_128 = 4096
+rows_64 = 65536
+rows_56 = 32768
+rows_48 = 16384
+rows_32 = 4096
+"""
+
+
+@pytest.fixture
+def mail_host(tmp_path: Path) -> Iterator[Host]:
+    with host(tmp_path, LIMITED + SMALL_TABLES) as made:
+        yield made
+
+
+def counted(h: Host) -> dict[Reason, tuple[int, int]]:
+    totals = h.tables.read(time.monotonic()).counters
+    return {reason: (int(totals[reason, 0]), int(totals[reason, 1])) for reason in Reason}
+
+
+def test_kill_under_load_lets_nothing_past_the_limits(mail_host: Host) -> None:
+    """kill -9 while a /64 floods: its limit goes on, every SYN is accounted for, and the next daemon adopts it all."""
+    h = mail_host
+    h.start()
+    maps = h.ask("status")["maps"]
+    began_s, sent = time.monotonic(), [0]
+
+    def flood() -> None:
+        h.forge([f"2001:db8:bad:1::{n:x}" for n in range(1, 102)])
+        sent[0] += 101
+        time.sleep(0.01)
+
+    load = Reader(flood)
+    load.start()
+    wait(lambda: counted(h)[Reason.LIMIT_64][1] > 500, "the flood to meet its limit")
+    h.kill(signal.SIGKILL)
+    at_kill = counted(h)
+    wait(lambda: counted(h)[Reason.LIMIT_64][1] > at_kill[Reason.LIMIT_64][1] + 1000, "refusals without a daemon")
+    h.start()
+    wait(lambda: counted(h)[Reason.LIMIT_64][1] > at_kill[Reason.LIMIT_64][1] + 2000, "refusals after the restart")
+    load.end()
+    after = counted(h)
+    elapsed_s = time.monotonic() - began_s
+    assert h.ask("status")["maps"] == maps
+    assert all(after[reason] >= at_kill[reason] for reason in Reason), "counters went back"
+    admitted = after[Reason.CONFORMING][0]
+    assert admitted <= 30 + 10 * elapsed_s + 2, "burst + rate * time, and one for each further CPU at creation"
+    assert admitted + after[Reason.LIMIT_64][1] == sent[0], "a SYN went past the program"
+
+
+def test_bad_configuration_touches_nothing(mail_host: Host) -> None:
+    h = mail_host
+    h.configure(LIMITED.replace("burst = 30", 'burst = "many"'))
+    error = h.edge("run", expect=78)
+    assert "limits.mx.new.64.burst" in error
+    assert "many" in error
+    assert str(h.config_path) in error
+    assert not h.net.pins.exists()
+    assert "edge" not in h.nft("list", "tables")
+    assert not (h.directory / "state").exists()
+
+
+def test_second_daemon_is_refused_by_name(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    assert h.daemon is not None
+    error = h.edge("run", expect=69)
+    assert f"process {h.daemon.pid}" in error
+    assert str(h.net.pins) in error
+    assert h.ask("status")["pid"] == h.daemon.pid
+
+
+def test_flushed_ruleset_is_back_within_two_ticks(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    h.edge("block", "2001:db8:bad::/48")
+    assert "2001:db8:bad::" in h.nft("list", "set", "inet", "edge", "mx_block_48")
+    ticks = h.ask("status")["tick"]["count"]
+    h.nft("flush", "ruleset")
+    wait(lambda: "table inet edge" in h.nft("list", "tables"), "the table")
+    assert h.ask("status")["tick"]["count"] <= ticks + 2
+    assert "2001:db8:bad::" in h.nft("list", "set", "inet", "edge", "mx_block_48")
+    assert "drifted" in h.log.read_text()
+    assert h.ask("status")["nftables"]["repairs"] == 1
+
+
+def test_operator_entries_survive_kill_and_lost_pins(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    h.edge("block", "2001:db8:bad::/48", "--for", "2h", "--reason", "a test")
+    h.edge("allow", "2001:db8:bad:7::/64")
+    assert not h.connect("2001:db8:bad:1::1")
+    assert h.connect("2001:db8:bad:7::1")
+    h.kill(signal.SIGKILL)
+    assert not h.connect("2001:db8:bad:1::1")
+    h.edge("detach")
+    assert h.connect("2001:db8:bad:1::1")
+    h.start()
+    assert not h.connect("2001:db8:bad:1::1")
+    assert h.connect("2001:db8:bad:7::1")
+    h.edge("unblock", "2001:db8:bad::/48")
+    assert h.connect("2001:db8:bad:1::1")
+
+
+def test_learned_block_is_adopted(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    h.reject_lines("2001:db8:bad:1::1", 40)
+
+    def blocks() -> list[dict[str, object]]:
+        found: list[dict[str, object]] = h.ask("list", "--standing", "block")["entries"]
+        return found
+
+    first = wait(blocks, "a block")[0]
+    assert first["prefix"] == "2001:db8:bad:1::/64"
+    assert first["in_nftables"]
+    h.kill(signal.SIGKILL)
+    h.start()
+    again = blocks()[0]
+    for name in ("prefix", "standing", "origin", "reason", "decision"):
+        assert again[name] == first[name]
+    assert "weight bad" in str(again["reason"])
+    assert not h.connect("2001:db8:bad:1::1")
+    h.edge("unblock", "2001:db8:bad:1::/64")
+    assert h.connect("2001:db8:bad:1::1")
+
+
+def test_handshakes_are_counted_and_forged_syns_are_not(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    for n in range(1, 8):
+        assert h.connect(f"2001:db8:cafe:1::{n}")
+    h.forge([f"2001:db8:cafe:2::{n:x}" for n in range(1, 14)])
+
+    def handshakes(prefix: str) -> dict[str, int]:
+        level = h.ask("explain", prefix)["levels"][0]
+        counts: dict[str, int] = level["handshakes"]
+        return counts
+
+    wait(lambda: handshakes("2001:db8:cafe:1::/64") == {"completed": 7, "open": 0}, "seven handshakes")
+    assert handshakes("2001:db8:cafe:2::/64") == {"completed": 0, "open": 0}
+
+
+def test_detach_leaves_nothing(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    error = h.edge("detach", expect=69)
+    assert "in use" in error
+    assert h.kill(signal.SIGTERM) == 0
+    with h.net.server.entered():
+        import socket
+
+        index = socket.if_nametoindex(network.SERVER_LINK)
+        assert libbpf.attached_program(index)
+        h.edge("detach")
+        assert not libbpf.attached_program(index)
+    assert not h.net.pins.exists()
+    assert "inet edge" not in h.nft("list", "tables")
+    assert "nothing" in h.edge("detach")
+
+
+def test_foreign_program_is_left_alone_unless_told(mail_host: Host) -> None:
+    from edge.kernel.compile import compile_programs
+    from tests.bpf.harness import SMALL
+
+    h = mail_host
+    foreign = compile_programs(SMALL, pins=None)
+    with h.net.server.entered():
+        import socket
+
+        index = socket.if_nametoindex(network.SERVER_LINK)
+        libbpf._call("attach", "bpf_xdp_attach", index, foreign.programs["edge_xdp"], libbpf.XDP_NATIVE, None)
+        theirs = libbpf.attached_program(index)
+        error = h.edge("load", expect=69)
+        assert f"id {theirs}" in error
+        assert "--replace" in error
+        assert libbpf.attached_program(index) == theirs
+        h.edge("load", "--replace")
+        assert libbpf.attached_program(index) not in (0, theirs)
+
+
+def test_upgrade_swaps_the_program_and_keeps_the_state(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    h.forge([f"2001:db8:cafe:2::{n:x}" for n in range(1, 14)])
+    before, maps = counted(h), h.ask("status")["maps"]
+    assert h.kill(signal.SIGTERM) == 0
+    pins = Pins(h.net.pins)
+    identity = pins.open_map("identity")
+    made = identity.get(np.zeros(1, U32))
+    assert made is not None
+    older = made.copy()
+    older["build_id"] += 1  # what an earlier version with the same layout would have left
+    identity.put(np.zeros(1, U32), older)
+    program = pins_program(pins)
+    h.start()
+    assert pins_program(pins) != program
+    assert h.ask("status")["maps"] == maps
+    assert counted(h)[Reason.CONFORMING] >= before[Reason.CONFORMING]
+
+
+def test_new_sizes_make_new_tables_and_keep_the_entries(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    h.edge("block", "2001:db8:bad::/48")
+    maps = h.ask("status")["maps"]
+    assert h.kill(signal.SIGTERM) == 0
+    h.configure(LIMITED + SMALL_TABLES.replace("65536", "131072"))
+    h.start()
+    assert h.ask("status")["rows"]["64"]["capacity"] == 131072
+    assert h.ask("status")["maps"] != maps
+    assert "made anew" in h.log.read_text()
+    assert not h.connect("2001:db8:bad:1::1")
+
+
+def pins_program(pins: Pins) -> int:
+    with libbpf.get(pins.program("xdp")) as program:
+        return libbpf.program_info(program.number).id
+
+
+def test_prometheus_scrapes_it(mail_host: Host) -> None:
+    """promtool accepts /metrics, and a real Prometheus has our samples."""
+    h = mail_host
+    h.start()
+    inside = h.net.server.command
+    metrics = subprocess.run(
+        inside(["python3", "-c", "import urllib.request as u;print(u.urlopen('http://127.0.0.1:9843/metrics').read().decode())"]),
+        capture_output=True, text=True, timeout=30, check=True,
+    ).stdout  # fmt: skip
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=metrics, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "2001:db8" not in metrics
+    settings = h.directory / "prometheus.yml"
+    settings.write_text(
+        "global: {scrape_interval: 1s}\n"
+        "scrape_configs: [{job_name: edge, static_configs: [{targets: ['127.0.0.1:9843']}]}]\n"
+    )
+    with (h.directory / "prometheus.log").open("wb") as log:
+        prometheus = subprocess.Popen(
+            inside(
+                [
+                    "prometheus",
+                    f"--config.file={settings}",
+                    f"--storage.tsdb.path={h.directory}/tsdb",
+                    "--web.listen-address=127.0.0.1:9090",
+                ]
+            ),
+            stdout=log,
+            stderr=log,
+        )
+    try:
+
+        def query(expression: str) -> str:
+            done = subprocess.run(
+                inside(["promtool", "query", "instant", "http://127.0.0.1:9090", expression]),
+                capture_output=True, text=True, timeout=30, check=False,
+            )  # fmt: skip
+            return done.stdout
+
+        wait(lambda: "=> 1 @" in query('up{job="edge"}'), "a scrape", 40)
+        wait(lambda: "native" in query("edge_interface_attached"), "our samples", 40)
+        assert "edge_packets_total" in query("edge_packets_total")
+    finally:
+        prometheus.terminate()
+        prometheus.wait(20)
