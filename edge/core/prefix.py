@@ -109,7 +109,7 @@ class Prefix:
 
     @classmethod
     def of_network(cls, network: IPv4Network | IPv6Network) -> Prefix:
-        """The prefix of an ipaddress network; IPv6 forms that carry IPv4 are keyed by it where they are single hosts."""
+        """The prefix of an ipaddress network; a single host whose IPv6 form carries IPv4 is keyed by that."""
         if isinstance(network, IPv4Network):
             return cls(ipv4_key(int(network.network_address)), 0, network.prefixlen + IPV4_SHIFT)
         keyed = key(network.network_address)
