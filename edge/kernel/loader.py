@@ -25,6 +25,7 @@ from edge.errors import UnavailableError
 from edge.kernel import interfaces, libbpf
 from edge.kernel.compile import Compiled, compile_programs, write_identity
 from edge.kernel.libbpf import BpfError, Fd
+from edge.kernel.nft import remove_table
 from edge.kernel.pins import Pins
 from edge.kernel.program import Sizes
 
@@ -99,10 +100,13 @@ def install(config: Config, *, replace: bool) -> None:
 def detach(config: Config) -> list[str]:
     """Take everything out of the kernel; what was removed, as text. Nothing there is no error."""
     pins = Pins(Path(config.paths.pins))
-    if not pins.root.is_dir():
-        return []
-    with pins.lock():
-        return [*_detach(pins), str(pins.root)]
+    removed = []
+    if pins.root.is_dir():
+        with pins.lock():
+            removed += [*_detach(pins), str(pins.root)]
+    if config.nftables.enabled and remove_table(config.nftables.table):
+        removed.append(f"table inet {config.nftables.table}")
+    return removed
 
 
 def _detach(pins: Pins) -> list[str]:
