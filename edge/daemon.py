@@ -49,7 +49,7 @@ from edge.errors import UnavailableError
 from edge.kernel import interfaces, libbpf, loader
 from edge.kernel.libbpf import Fd
 from edge.kernel.maps import Tables
-from edge.kernel.nft import NftParams, NftSets
+from edge.kernel.nft import NftSets
 from edge.kernel.pins import Pins
 from edge.metrics import Exporter, Metrics, SourceMetrics, TickTimes
 from edge.sources import Sources
@@ -318,11 +318,14 @@ def _nftables(config: Config, clock: SystemClock) -> NftSets | None:
     """Our table, adopted or made; None where it is switched off."""
     if not config.nftables.enabled:
         return None
-    params = NftParams(
-        table=config.nftables.table, priority=config.nftables.priority, lease_s=max(20.0, config.heartbeat.grace_s)
-    )
     ports = {service: config.services.ports(service) for service in Service}
-    nft = NftSets(clock=clock, params=params, ports=ports, mode=Mode[config.mode.upper()])
+    nft = NftSets(
+        clock=clock,
+        params=config.nftables,
+        ports=ports,
+        mode=Mode[config.mode.upper()],
+        lease_s=config.heartbeat.grace_s,
+    )
     nft.adopt()
     return nft
 

@@ -18,6 +18,7 @@ from edge.abi import Level, Service, Standing
 from edge.evidence.postfix_log import PostfixParams
 from edge.evidence.socket import EventSocketParams
 from edge.evidence.tail import TailParams
+from edge.kernel.nft_params import NftParams
 
 MINUTE_NS = 60_000_000_000
 
@@ -301,21 +302,10 @@ class Evidence(Section, frozen=True):
     socket: SocketEvidence = SocketEvidence()
 
 
-class Nftables(Section, frozen=True):
+class Nftables(NftParams, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The second layer: blocked and allowed prefixes as nftables sets, which stay when XDP is not there."""
 
     enabled: Annotated[bool, Meta(description="Keep the sets.")] = True
-    table: Annotated[
-        str, Meta(pattern="^[A-Za-z_][A-Za-z0-9_]{0,63}$", description="Name of the table, family inet; ours alone.")
-    ] = "edge"
-    priority: Annotated[
-        int,
-        Meta(
-            ge=-400,
-            le=400,
-            description="Of the prerouting chain; -300 is `raw`: before connection tracking spends anything on it.",
-        ),
-    ] = -300
 
 
 class Metrics(Section, frozen=True):

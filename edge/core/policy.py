@@ -131,6 +131,11 @@ def _judge_unit(view: View, service: Service, prefix: Prefix, own: Entry | None,
         return None  # shared: its addresses are judged one by one
     if standing is Standing.BLOCK:
         return None
+    if _is_shared(view, service, prefix, belief):
+        # its addresses are judged one by one: a limit here would throttle the good neighbour too
+        if standing in (Standing.SUSPECT, Standing.BAD):
+            return _ask(service, prefix, Standing.NEW, belief, "shared", belief.bad_bound, p.suspect_bound)
+        return None
     if bad_now and belief.bad_bound >= p.suspect_bound and belief.bad >= p.suspect_weight - 0.1:
         if standing is not Standing.BAD:
             return _ask(service, prefix, Standing.SUSPECT, belief, "suspect", belief.bad_bound, p.suspect_bound)
@@ -141,6 +146,13 @@ def _judge_unit(view: View, service: Service, prefix: Prefix, own: Entry | None,
     elif standing is Standing.GOOD and belief.good_bound < p.release_bound:
         return _ask(service, prefix, Standing.NEW, belief, "no longer good", belief.good_bound, p.release_bound)
     return None
+
+
+def _is_shared(view: View, service: Service, prefix: Prefix, belief: Belief) -> bool:
+    """Whether a /64 that looks bad holds somebody known to be good, and is not simply rotating its addresses."""
+    if prefix.ipv4 or belief.bad_bound < view.params.suspect_bound or rotates(belief, view.params):
+        return False
+    return bool(good_children(view, service, prefix, Level.L128))
 
 
 def _judge_address(view: View, service: Service, prefix: Prefix) -> Proposal | None:

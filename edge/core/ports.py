@@ -5,10 +5,12 @@ Real adapters live in edge.kernel and edge.evidence; fakes live in the tests, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from edge.abi import Service
 from edge.core.model import Entry, Event
+from edge.core.prefix import Prefix
 from edge.core.snapshot import Snapshot
 
 
@@ -32,7 +34,7 @@ class CounterSource(Protocol):
 class EntrySink(Protocol):
     """A place that holds entries: the BPF policy maps, or the nftables sets."""
 
-    def installed(self) -> dict[tuple[int, object], Entry]:
+    def installed(self) -> Mapping[tuple[Service, Prefix], Entry]:
         """What is there now, by (service, prefix), as far as this sink knows."""
 
     def apply(self, put: Sequence[Entry], drop: Sequence[Entry]) -> None:

@@ -23,16 +23,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, cast
-
-import msgspec
+from typing import Any
 
 from edge.abi import Mode, Origin, Service, Standing
 from edge.core.model import Entry
 from edge.core.ports import Clock
+from edge.core.prefix import Prefix
 from edge.errors import UnavailableError
 from edge.kernel import nft_ruleset as ruleset
 from edge.kernel.nft_elements import Holdings
+from edge.kernel.nft_params import NftParams
 from edge.kernel.nft_sets import Element, Lifetime, SetSpec, all_specs, prefixes
 from edge.kernel.nft_steps import Delta, Deltas, steps
 from edge.kernel.nft_table import NftTable
@@ -44,62 +44,20 @@ _ALLOW_MARGIN_S = 5  # an allow element outlives a block element of the same end
 _RELOAD_AT = 8  # more deletes from an interval set cost more than refilling it: libnftables fetches the set for each
 
 
-class NftParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The nftables table."""
-
-    table: Annotated[
-        str,
-        msgspec.Meta(
-            pattern="^[a-z][a-z0-9_]{0,30}$",
-            description="Name of the table, in the family inet. It is the daemon's: what others put in is removed.",
-        ),
-    ] = "edge"
-    priority: Annotated[
-        int,
-        msgspec.Meta(
-            ge=-400,
-            le=400,
-            description="Priority of the chain at the hook prerouting. The default, raw, comes before connection "
-            "tracking, so a refused connection costs no tracking entry, and covers containers and forwarded hosts.",
-        ),
-    ] = -300
-    lease_s: Annotated[
-        float,
-        msgspec.Meta(
-            ge=20,
-            le=86400,
-            description="Seconds a learned element outlives the daemon's last renewal. Equal to the grace time of the "
-            "heartbeat, so that XDP and nftables let go together; renewed at half. Ten minutes spans a restart, an "
-            "upgrade or a reboot of a dependency without a gap.",
-        ),
-    ] = 600.0
-    batch: Annotated[
-        int,
-        msgspec.Meta(
-            gt=0,
-            le=100_000,
-            description="Elements in one transaction at most. The default takes about 60 ms and keeps the netlink "
-            "message small enough for containers.",
-        ),
-    ] = 5000
-    max_elements: Annotated[
-        int,
-        msgspec.Meta(
-            gt=0,
-            le=10_000_000,
-            description="Elements in the table at which no further learned blocks are added; XDP still has them. "
-            "An element takes up to 200 bytes of kernel memory.",
-        ),
-    ] = 500_000
-
-
 class NftSets:
     """The table of one network namespace. Call `adopt` first, then each tick `drifted`, `apply` and `renew`."""
 
-    def __init__(self, *, clock: Clock, params: NftParams, ports: Mapping[Service, Sequence[int]], mode: Mode) -> None:
-        """`clock` gives the time of `Entry.expires_s`; `ports` the destination ports of each service."""
+    def __init__(
+        self, *, clock: Clock, params: NftParams, ports: Mapping[Service, Sequence[int]], mode: Mode, lease_s: float
+    ) -> None:
+        """`clock` gives the time of `Entry.expires_s`; `ports` the destination ports of each service.
+
+        `lease_s`: seconds a learned element outlives the last renewal, equal to the heartbeat's grace, so that XDP and
+        nftables let go together.
+        """
         self._clock = clock
         self._params = params
+        self._lease_s = lease_s
         self._mode = mode
         self._layout = ruleset.Layout(table=params.table, priority=params.priority, ports=dict(ports))
         self._specs = all_specs()
@@ -108,15 +66,15 @@ class NftSets:
         self._present: dict[str, dict[Element, float]] = {name: {} for name in self._specs}  # when each ends
         self._shape = ""
         self._behind = False  # a write failed: the kernel may not hold what we want
-        self._allow_until_s = self._block_until_s = clock.now_s() + params.lease_s
+        self._allow_until_s = self._block_until_s = clock.now_s() + lease_s
         self._renewals: list[tuple[str, Element]] = []  # taken from the end
         self._repairs = 0
 
     # -- EntrySink
 
-    def installed(self) -> dict[tuple[int, object], Entry]:
+    def installed(self) -> dict[tuple[Service, Prefix], Entry]:
         """The entries held, by `Entry.key`; after `adopt` also those read from the table, with the reason "adopted"."""
-        return cast(dict[tuple[int, object], Entry], dict(self._holdings.entries))  # a copy of narrower keys
+        return dict(self._holdings.entries)
 
     @property
     def elements(self) -> int:
@@ -189,8 +147,8 @@ class NftSets:
             if self._block_until_s < self._allow_until_s:
                 self._block_until_s = self._allow_until_s
                 self._renewals = self._leased(allow=False)
-            elif self._allow_until_s - now_s <= self._params.lease_s / 2:
-                self._allow_until_s = now_s + self._params.lease_s
+            elif self._allow_until_s - now_s <= self._lease_s / 2:
+                self._allow_until_s = now_s + self._lease_s
                 self._renewals = self._leased(allow=True)
                 self._write(self._holdings.retry())
         due: dict[str, set[Element]] = {}

@@ -80,6 +80,27 @@ def test_rogue_in_a_shared_64_is_blocked_alone() -> None:
     assert world.blocks() == {"2001:db8:1:2::666/128"}
 
 
+def test_good_neighbour_of_a_rogue_is_not_throttled() -> None:
+    """A limit on the shared /64 would refuse the neighbour too, before the rogue's block and after it."""
+    world = World()
+    neighbour = [event("2001:db8:1:2::25", Verdict.HAM)] * 3  # accepted, and vouched for by nobody
+    for _ in range(7):
+        world.tick(neighbour)
+    for _ in range(13):
+        world.tick(bad("2001:db8:1:2::bad"), neighbour[:1])
+        assert world.standing("2001:db8:1:2::/64") in (Standing.NEW, Standing.GOOD)
+    assert world.blocks() == {"2001:db8:1:2::bad/128"}
+
+
+def test_64_that_turns_out_to_be_shared_is_let_go() -> None:
+    world = World()
+    world.tick(bad("2001:db8:1:2::bad", 7))
+    assert world.standing("2001:db8:1:2::/64") is Standing.SUSPECT
+    for _ in range(7):
+        world.tick([event("2001:db8:1:2::25", Verdict.HAM)])
+    assert world.standing("2001:db8:1:2::/64") is Standing.NEW
+
+
 def test_one_good_neighbour_is_enough_to_be_shared() -> None:
     world = World()
     world.tick(ham("2001:db8:1:2::25", 1))

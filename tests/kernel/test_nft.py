@@ -22,7 +22,8 @@ from edge.core.model import Entry
 from edge.core.plan import PlanParams, plan
 from edge.core.prefix import Prefix, ipv4_key
 from edge.errors import UnavailableError
-from edge.kernel.nft import NftParams, NftSets, remove_table
+from edge.kernel.nft import NftSets, remove_table
+from edge.kernel.nft_params import NftParams
 from edge.kernel.nft_ruleset import Layout, Outline, add, create, delete, destroy
 from edge.kernel.nft_sets import all_specs, bounds
 from edge.kernel.nft_table import NftTable
@@ -72,13 +73,21 @@ class Bench:
     clock: HandClock
     stack: contextlib.ExitStack
 
-    def sink(self, mode: Mode = Mode.ENFORCE, ports: dict[Service, list[int]] = PORTS, **params: int) -> NftSets:
-        made = NftSets(clock=self.clock, params=msgspec.convert(params, NftParams), ports=ports, mode=mode)
+    def sink(
+        self,
+        mode: Mode = Mode.ENFORCE,
+        ports: dict[Service, list[int]] = PORTS,
+        *,
+        lease_s: float = 600,
+        **params: int,
+    ) -> NftSets:
+        values = msgspec.convert(params, NftParams)
+        made = NftSets(clock=self.clock, params=values, ports=ports, mode=mode, lease_s=lease_s)
         self.stack.callback(made.close)
         return made
 
-    def ready(self, mode: Mode = Mode.ENFORCE, **params: int) -> NftSets:
-        made = self.sink(mode, PORTS, **params)
+    def ready(self, mode: Mode = Mode.ENFORCE, *, lease_s: float = 600, **params: int) -> NftSets:
+        made = self.sink(mode, PORTS, lease_s=lease_s, **params)
         made.adopt()
         return made
 
