@@ -296,8 +296,6 @@ def _hold_pins(config: Config) -> Fd:
     root = Path(config.paths.pins)
     if os.geteuid() == 0:
         loader.make_directory(root)
-    if not root.is_dir():
-        raise UnavailableError(f"{root}: nothing is loaded there: run `edge load` as root first")
     return Pins(root).lock()
 
 

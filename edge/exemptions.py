@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_interface
+from pathlib import Path
 from typing import Any
 
 from edge.abi import Origin, Service, Standing
@@ -33,6 +34,7 @@ USUAL = {4: 16, 6: 64}
 
 POSTCONF_TIMEOUT_S = 5.0
 MOST_PATTERNS = 1024
+MAIN_CF = Path("/etc/postfix/main.cf")
 
 
 def entries(config: Config, interfaces: Sequence[str]) -> list[Entry]:
@@ -86,7 +88,9 @@ def read_mynetworks() -> str:
         run = subprocess.run(command, capture_output=True, text=True, timeout=POSTCONF_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
         detail = getattr(error, "stderr", None) or error
-        log.warning("mynetworks unknown: nothing of it is exempt", extra={"fields": {"error": str(detail).strip()}})
+        # a Postfix without main.cf, as its package leaves it until it is configured, has none
+        level = logging.WARNING if MAIN_CF.exists() else logging.INFO
+        log.log(level, "mynetworks unknown: nothing of it is exempt", extra={"fields": {"error": str(detail).strip()}})
         return ""
     return run.stdout
 

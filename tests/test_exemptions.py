@@ -81,6 +81,7 @@ def test_postconf_is_asked_for_the_expanded_value(postconf: Path) -> None:
 
 
 def test_a_postconf_that_fails_is_logged(postconf: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     postconf.write_text("#!/bin/sh\necho 'fatal: open /etc/postfix/main.cf' >&2; exit 1\n")
     assert read_mynetworks() == ""
     assert caplog.messages == ["mynetworks unknown: nothing of it is exempt"]
@@ -90,6 +91,7 @@ def test_a_postconf_that_fails_is_logged(postconf: Path, caplog: pytest.LogCaptu
 def test_a_postconf_that_hangs_is_given_up(
     postconf: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr("edge.exemptions.POSTCONF_TIMEOUT_S", 0.1)
     postconf.write_text("#!/bin/sh\nexec sleep 600\n")
     assert read_mynetworks() == ""

@@ -84,7 +84,13 @@ class Pins:
 
     def lock(self) -> Fd:
         """Hold these pins as the one daemon until the descriptor is closed; UnavailableError names the other."""
-        directory = Fd(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY))
+        try:
+            directory = Fd(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY))
+        except OSError as error:
+            raise UnavailableError(
+                f"{self.root}: expected pins this user may open, found: {error.strerror}: run `edge load` as"
+                " root first, with --user when the daemon is to run as another user"
+            ) from error
         try:
             fcntl.flock(directory.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
