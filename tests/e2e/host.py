@@ -92,12 +92,12 @@ logs = ["{self.mail_log}"]
         """Start the daemon and wait until it ticks."""
         with self.log.open("ab") as log:
             self.daemon = subprocess.Popen(self.command("run"), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        before = self.log.read_text().count("ready")
+        before = self.log.read_text().count("daemon: ready")
 
         def ready() -> bool:
             assert self.daemon is not None
             assert self.daemon.poll() is None, f"the daemon ended:\n{self.log.read_text()}"
-            return self.log.read_text().count("ready") > before
+            return self.log.read_text().count("daemon: ready") > before
 
         wait(ready, f"daemon ready\n{self.log.read_text()}", 40)
 
