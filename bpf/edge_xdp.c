@@ -17,6 +17,9 @@
 /* Every retry means that another CPU got through, so losing four in a row is a flood's problem. */
 #define MAX_ATTEMPTS 4
 
+/* Nested expired range entries looked behind for one that is in force. */
+#define MAX_EXPIRED_RANGES 4
+
 /* Where one level's limit and line are; the rest of what it needs is in the map `scratch`. */
 struct place {
 	struct line *line;
@@ -132,10 +135,20 @@ INLINE void match_policy(u64 now, const struct control *settings, struct verdict
 		*(u32 *)&trie.address[4] = htonl((u32)out->hi);
 		*(u32 *)&trie.address[8] = htonl((u32)(out->lo >> 32));
 		*(u32 *)&trie.address[12] = htonl((u32)out->lo);
-		range = policy_ranges.lookup(&trie);
-		/* an IPv6 range such as ::/8 must not catch the IPv4 addresses that ride inside it */
-		if (range && in_force(range, now, dead) && !(out->ipv4 && range->length < 32))
-			range_length = range->length;
+		/* the longest in force: the daemon removes what has expired within a tick, if it lives */
+		for (u64 i = 0; i < MAX_EXPIRED_RANGES; i++) {
+			range = policy_ranges.lookup(&trie);
+			/* an IPv6 range such as ::/8 must not catch the IPv4 addresses that ride inside it */
+			if (!range || (out->ipv4 && range->length < 32))
+				break;
+			if (in_force(range, now, dead)) {
+				range_length = range->length;
+				break;
+			}
+			if (!range->length)
+				break;
+			trie.prefixlen = 8 + range->length - 1;
+		}
 	}
 	key.service = out->service;
 #pragma unroll

@@ -13,6 +13,10 @@
 #include "base.h"
 #include "abi.h"
 
+/* CPUs read their clocks at different moments, and a virtual CPU may be paused in between: a TAT this
+ * much further ahead than the limit allows was still charged under it. */
+#define CLOCK_SLACK_NS 1000000000ull
+
 /* From where the next arrival is counted. A TAT further ahead than this limit can put it was charged
  * under a tighter limit (a bad prefix that was released): such a row starts with its burst spent
  * instead of serving the old sentence. */
@@ -21,7 +25,7 @@ INLINE __u64 gcra_base(__u64 tat, __u64 now, const struct limit *limit)
 	__u64 spent = now + limit->burst_tolerance_ns;
 	__u64 base = larger(tat, now);
 
-	return choose(less(spent + limit->emission_interval_ns, base), spent, base);
+	return choose(less(spent + limit->emission_interval_ns + CLOCK_SLACK_NS, base), spent, base);
 }
 
 /* 1 if a connection now would exceed the limit. */

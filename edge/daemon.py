@@ -18,12 +18,14 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
+import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -32,6 +34,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from pyroute2.netlink.exceptions import NetlinkError
 from sdnotify import SystemdNotifier
 
 from edge import exemptions
@@ -46,8 +49,9 @@ from edge.core.prefix import Prefix
 from edge.core.snapshot import Snapshot, delta
 from edge.core.step import Inputs, Outcome, State, adopt, step
 from edge.errors import UnavailableError
-from edge.kernel import interfaces, libbpf, loader
+from edge.kernel import loader
 from edge.kernel.libbpf import Fd
+from edge.kernel.loader import Attachment
 from edge.kernel.maps import Tables
 from edge.kernel.nft import NftSets
 from edge.kernel.pins import Pins
@@ -57,6 +61,11 @@ from edge.store import Store
 from edge.verbs import Verbs
 
 log = logging.getLogger(__name__)
+
+INTERFACES_EVERY_S = 2.0
+"""How long a re-created interface may stay without its program; asking costs two netlink messages each."""
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 EXEMPTIONS_EVERY_S = 300.0
 """Addresses of interfaces and mynetworks change rarely; asking costs a process."""
@@ -85,15 +94,6 @@ class Totals:
     violations: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attachment:
-    """An interface with our program on it."""
-
-    ifindex: int
-    mode: str  # native or generic
-    program_id: int
-
-
 class Daemon:
     """Everything one installation consists of while it runs."""
 
@@ -114,6 +114,7 @@ class Daemon:
         self.totals = Totals()
         self.snapshot: Snapshot | None = None
         self.outcome: Outcome | None = None
+        self.failure: Exception | None = None  # why the daemon must end
         self.desired: Entries = {}
         self.nft_in_sync = False
         self.state = State(config.core.reputation)
@@ -124,19 +125,12 @@ class Daemon:
     def _adopt(self) -> None:
         """Go on with what an earlier daemon had learned: its entries are still in the kernel."""
         now_s = self.clock.now_s()
-        found = [self._with_reason(entry) for entry in self.tables.policy.installed().values()]
-        adopt(self.state, found, now_s)
+        found = list(self.tables.policy.installed().values())
+        reasons = self.store.reasons([entry.decision for entry in found])
+        adopt(self.state, [replace(e, reason=reasons.get(e.decision, e.reason)) for e in found], now_s)
         self.state.ledger.next_id = max(self.state.ledger.next_id, self.store.last_decision() + 1)
         learned = sum(entry.origin is Origin.LEARNED for entry in found)
         log.info("adopted", extra={"fields": {"learned": learned, "operator": len(self.operator)}})
-
-    def _with_reason(self, entry: Entry) -> Entry:
-        """The journal's reason for an entry found in the kernel."""
-        if entry.origin is not Origin.LEARNED:
-            return entry
-        rows = self.store.journal(entry.prefix, limit=20)
-        reason = next((row.reason for row in rows if row.id == entry.decision), entry.reason)
-        return replace(entry, reason=reason)
 
     def fixed(self) -> tuple[Entry, ...]:
         """Entries that nothing learned overrides; the same tuple until one of them changes."""
@@ -144,8 +138,7 @@ class Daemon:
         for key, entry in list(self.operator.items()):
             if entry.expires_s is not None and entry.expires_s <= now_s:
                 del self.operator[key]
-                self.store.drop_operator(*key)
-                self._fixed = ()
+                self._fixed = ()  # its row goes when the store is next pruned
         if not self._fixed:
             self._fixed = (*self.exempt, *self.operator.values())
         return self._fixed
@@ -159,11 +152,10 @@ class Daemon:
     def change_operator(self, put: Sequence[Entry], drop: Sequence[Entry]) -> None:
         """Take an operator's command: stored first, in force when this returns."""
         now_s = self.clock.now_s()
+        self.store.change_operator(put, [entry.key for entry in drop])
         for entry in drop:
-            self.store.drop_operator(*entry.key)
             self.operator.pop(entry.key, None)
         for entry in put:
-            self.store.put_operator(entry)
             self.operator[entry.key] = entry
         self._fixed = ()
         self._install(now_s)
@@ -260,7 +252,7 @@ class Daemon:
             ticks=self.totals.ticks,
             ticks_late=self.totals.late,
             last_tick_wall_s=self.clock.wall_s(),
-            interfaces={name: row.mode for name, row in self.attached.items()},
+            interfaces={name: row.mode for name, row in self.attached.items() if row.program_id},
             nftables_enabled=nft is not None,
             nftables_in_sync=self.nft_in_sync,
             nftables_elements=0 if nft is None else nft.elements,
@@ -270,22 +262,11 @@ class Daemon:
         )
 
 
-def _attached(config: Config) -> dict[str, Attachment]:
-    pins = Pins(Path(config.paths.pins))
-    found = {}
-    for name, index in interfaces.resolve(config.interfaces.names).items():
-        with libbpf.get(pins.xdp_link(index)) as link:
-            program = libbpf.link_info(link.number).program_id
-        native = libbpf.attached_program(index, libbpf.XDP_NATIVE) == program
-        found[name] = Attachment(ifindex=index, mode="native" if native else "generic", program_id=program)
-    return found
-
-
 def run(config: Config, *, replace: bool = False) -> int:
     """Run until SIGTERM or SIGINT; as root the programs are loaded first. Returns the exit code."""
     with _hold_pins(config):
         _load_if_needed(config, replace=replace)
-        attached = _attached(config)
+        attached = loader.attachments(config)
         exempt = exemptions.entries(config, list(attached))
         asyncio.run(_serve(config, attached, exempt))
     return 0
@@ -305,7 +286,7 @@ def _load_if_needed(config: Config, *, replace: bool) -> None:
         return
     if os.geteuid() != 0:
         raise UnavailableError(f"{config.paths.pins}: not loaded, or another version is: run `edge load` as root first")
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("fork")) as child:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("fork"), initializer=_die_with_parent) as child:
         try:
             child.submit(loader.install, config, replace=replace).result()
         except BrokenProcessPool:
@@ -326,6 +307,13 @@ def _nftables(config: Config, clock: SystemClock) -> NftSets | None:
     )
     nft.adopt()
     return nft
+
+
+def _die_with_parent() -> None:
+    """A loader whose daemon was killed must not go on holding its lock."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before we asked
+        os._exit(1)
 
 
 async def _serve(config: Config, attached: dict[str, Attachment], exempt: list[Entry]) -> None:
@@ -351,25 +339,83 @@ async def _serve(config: Config, attached: dict[str, Attachment], exempt: list[E
         if config.metrics.enabled:
             host, port = exporter.start(*listen_address(config.metrics.listen))
             log.info("metrics", extra={"fields": {"url": f"http://{host}:{port}/metrics"}})
-        refresh = asyncio.create_task(_refresh_exemptions(daemon))
+        works = _refresh_exemptions(daemon), _watch_interfaces(daemon)
+        beside = [asyncio.create_task(_beside(daemon, stop, work)) for work in works]
         try:
             await _loop(daemon, exporter, stop)
         finally:
-            refresh.cancel()
+            for task in beside:
+                task.cancel()
             SystemdNotifier().notify("STOPPING=1")
             await control.close()
             await sources.stop()
             exporter.close()
             if nft is not None:
                 nft.close()
+    if daemon.failure is not None:
+        raise daemon.failure
     log.info("stopped", extra={"fields": {"limits": "go on in the kernel", "take them out with": "edge detach"}})
+
+
+async def _beside(daemon: Daemon, stop: asyncio.Event, work: Coroutine[None, None, None]) -> None:
+    """Work that goes on beside the ticks; when it fails, the daemon ends with its error, not without its work."""
+    try:
+        await work
+    except Exception as error:
+        daemon.failure = error
+        stop.set()
 
 
 async def _refresh_exemptions(daemon: Daemon) -> None:
     """Addresses of interfaces and mynetworks change. Asked in a thread: it waits for netlink and for postconf."""
     while True:
         await asyncio.sleep(EXEMPTIONS_EVERY_S)
-        daemon.exempt_now(await asyncio.to_thread(exemptions.entries, daemon.config, list(daemon.attached)))
+        try:
+            fresh = await asyncio.to_thread(exemptions.entries, daemon.config, list(daemon.attached))
+        except (OSError, NetlinkError) as error:
+            log.error("exemptions not read again: the last ones stay", extra={"fields": {"error": error}})
+            continue
+        daemon.exempt_now(fresh)
+
+
+async def _watch_interfaces(daemon: Daemon) -> None:
+    """An interface that went and came back has a new index and no program: attach again.
+
+    As root here; as another user by ending, so that the service manager runs the loader and starts us again.
+    """
+    while True:
+        await asyncio.sleep(INTERFACES_EVERY_S)
+        try:
+            found = await asyncio.to_thread(loader.attachments, daemon.config)
+            if any(not row.program_id for row in found.values()):
+                log.error("interface without our program", extra={"fields": _modes(found)})
+                if os.geteuid() != 0:
+                    raise UnavailableError(
+                        "an interface lost the XDP program: run `edge load` as root, then start again"
+                    )
+                await asyncio.to_thread(loader.install, daemon.config, replace=False)
+                found = await asyncio.to_thread(loader.attachments, daemon.config)
+        except UnavailableError:
+            missing = _names_gone(daemon)
+            if not missing:
+                raise
+            if any(daemon.attached[name].program_id for name in missing):
+                log.error("interface gone", extra={"fields": {"names": ",".join(missing)}})
+            gone = {name: replace(daemon.attached[name], mode="missing", program_id=0) for name in missing}
+            daemon.attached = {**daemon.attached, **gone}
+            continue
+        if found != daemon.attached:
+            log.info("interfaces", extra={"fields": _modes(found)})
+            daemon.attached = found
+
+
+def _names_gone(daemon: Daemon) -> list[str]:
+    present = {name for _, name in socket.if_nameindex()}
+    return [name for name in daemon.attached if name not in present]
+
+
+def _modes(found: dict[str, Attachment]) -> dict[str, str]:
+    return {name: row.mode for name, row in found.items()}
 
 
 async def _loop(daemon: Daemon, exporter: Exporter, stop: asyncio.Event) -> None:

@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sqlite3
@@ -66,6 +67,7 @@ CREATE TABLE journal (
 );
 CREATE INDEX journal_first ON journal (first);
 CREATE INDEX journal_at ON journal (at);
+CREATE INDEX journal_id ON journal (id);
 CREATE TABLE operator (
     service INTEGER NOT NULL,
     prefix TEXT NOT NULL,
@@ -178,16 +180,33 @@ class Store:
                 )
         return found
 
-    def put_operator(self, entry: Entry) -> None:
-        """Keep an operator's entry, in place of an earlier one for the same prefix and service; UnavailableError."""
-        expires = None if entry.expires_s is None else entry.expires_s + self._ahead_s()
-        row = (int(entry.service), str(entry.prefix), int(entry.standing), expires, entry.reason, entry.decision)
-        self._asked(lambda db: db.execute("INSERT OR REPLACE INTO operator VALUES (?, ?, ?, ?, ?, ?)", row))
+    def change_operator(self, put: Sequence[Entry] = (), drop: Sequence[tuple[Service, Prefix]] = ()) -> None:
+        """Keep and forget operator entries, all or none: a kept one takes the place of an earlier one for the same
+        prefix and service. UnavailableError when that cannot be written."""
+        ahead_s = self._ahead_s()
+        rows = [
+            (
+                int(entry.service),
+                str(entry.prefix),
+                int(entry.standing),
+                None if entry.expires_s is None else entry.expires_s + ahead_s,
+                entry.reason,
+                entry.decision,
+            )
+            for entry in put
+        ]
+        keys = [(int(service), str(prefix)) for service, prefix in drop]
 
-    def drop_operator(self, service: Service, prefix: Prefix) -> None:
-        """Forget an operator's entry, if there is one; UnavailableError when that cannot be written."""
-        key = (int(service), str(prefix))
-        self._asked(lambda db: db.execute("DELETE FROM operator WHERE service = ? AND prefix = ?", key))
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany("DELETE FROM operator WHERE service = ? AND prefix = ?", keys)
+            db.executemany("INSERT OR REPLACE INTO operator VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+        self._asked(work)
+
+    def reasons(self, ids: Sequence[int]) -> dict[int, str]:
+        """The reasons of these decisions, as far as the journal still has them."""
+        query = "SELECT id, reason FROM journal WHERE id IN (SELECT value FROM json_each(?))"
+        return dict(self._asked(lambda db: db.execute(query, (json.dumps(list(ids)),)).fetchall()))
 
     def journal(self, prefix: Prefix | None = None, limit: int = 100) -> list[JournalRow]:
         """The newest decisions, newest first; with a prefix, those for it, inside it, and around it."""

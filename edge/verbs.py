@@ -33,6 +33,9 @@ MOST_LISTED = 50_000
 
 HISTORY_ROWS = 20
 
+CLOCK_SLACK_NS = 1_000_000_000
+"""As in bpf/gcra.h."""
+
 
 class Verbs:
     """The handlers, bound to a daemon."""
@@ -148,8 +151,12 @@ class Verbs:
             return {"action": "block", "reason": entry.reason + suffix, "prefix": str(entry.prefix)}
         if entry is not None and entry.standing is Standing.ALLOW:
             return {"action": "pass", "reason": entry.reason, "prefix": str(entry.prefix)}
+        shortest = entry.prefix.length if entry is not None and entry.standing is Standing.GOOD else 0
         for length, level in reversed(list(zip(LENGTHS, Level, strict=True))):
-            if length > prefix.length or self._tokens(prefix.parent(length), service, level, now_s) != 0:
+            if (
+                not shortest <= length <= prefix.length
+                or self._tokens(prefix.parent(length), service, level, now_s) != 0
+            ):
                 continue
             at = prefix.parent(length)
             return {"action": "limit", "reason": f"rate limit at {at} is used up{suffix}", "prefix": str(at)}
@@ -203,7 +210,7 @@ class Verbs:
         now_ns = int(now_s * 1e9)
         tat_ns = daemon.tables.rows.tat_ns(prefix, service)
         ahead_ns = max(0, (tat_ns or 0) - now_ns)
-        if ahead_ns > limit.burst_tolerance_ns + limit.emission_interval_ns:
+        if ahead_ns > limit.burst_tolerance_ns + limit.emission_interval_ns + CLOCK_SLACK_NS:
             ahead_ns = limit.burst_tolerance_ns  # charged under a tighter limit: see bpf/gcra.h
         return max(0, (limit.burst_tolerance_ns - ahead_ns) // limit.emission_interval_ns + 1)
 

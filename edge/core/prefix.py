@@ -80,6 +80,23 @@ def key_text(text: str) -> tuple[int, int] | None:
         raise InputError(f"expected an IPv6 or IPv4 address, found {text[:64]!r}") from None
 
 
+_CARRIERS = tuple(IPv6Network(text) for text in ("::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16"))
+_CARRIERS += (IPv6Network("2001::/32"),)
+_IPV4_PLACE = IPv6Network("0:ffff::/32")
+
+
+def _refuse_unkeyed(network: IPv4Network | IPv6Network) -> None:
+    """ValueError for a prefix that no key can lie in: an entry for it would never match."""
+    if network.prefixlen == 0:
+        raise ValueError("it holds everybody; name its two halves (/1) if that is meant")
+    if isinstance(network, IPv4Network):
+        return
+    if network.subnet_of(_IPV4_PLACE):
+        raise ValueError("IPv4 is kept there; an IPv6 source in it is a bogon and never keyed")
+    if network.prefixlen < 128 and any(network.subnet_of(carrier) for carrier in _CARRIERS):
+        raise ValueError("its addresses are keyed by the IPv4 address they carry: name that")
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Prefix:
     """A prefix in key space: two 64-bit halves and a length from 0 to 128."""
@@ -103,6 +120,7 @@ class Prefix:
             if "%" in text:
                 raise ValueError("a zone is not part of a prefix")
             network = ip_network(text.strip(), strict=True)
+            _refuse_unkeyed(network)
         except ValueError as error:
             raise InputError(f"expected a prefix such as 2001:db8::/48, found {text[:64]!r}: {error}") from None
         return cls.of_network(network)

@@ -57,20 +57,16 @@ def delta(before: Snapshot | None, after: Snapshot) -> Delta:
 
 def _handshakes(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Rows of `after` minus their row in `before`; unchanged rows are left out."""
-    identity = np.dtype([("hi", "<u8"), ("service", "<u4")])
-    old, new = np.empty(len(before), identity), np.empty(len(after), identity)
-    for name in ("hi", "service"):
-        old[name], new[name] = before[name], after[name]
-    order = np.argsort(old, order=("hi", "service"))
-    at = np.searchsorted(old[order], new)
-    at_safe = np.minimum(at, max(len(before) - 1, 0))
-    known = np.zeros(len(after), bool)
-    if len(before):
-        known = (at < len(before)) & (old[order][at_safe] == new)
     changed = after.copy()
-    if known.any():
-        previous = before[order][at_safe[known]]
+    for service in np.unique(after["service"]):
+        mine = np.flatnonzero(after["service"] == service)
+        old = before[before["service"] == service]
+        old = old[np.argsort(old["hi"])]
+        at = np.searchsorted(old["hi"], after["hi"][mine])
+        known = at < len(old)
+        known[known] = old["hi"][at[known]] == after["hi"][mine[known]]
+        rows, previous = mine[known], old[at[known]]
         for name in ("completed", "closed"):
-            now, then = after[name][known], previous[name]
-            changed[name][known] = np.where(now >= then, now - then, now)
+            now, then = after[name][rows], previous[name]
+            changed[name][rows] = np.where(now >= then, now - then, now)
     return changed[(changed["completed"] > 0) | (changed["closed"] > 0)]

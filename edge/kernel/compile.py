@@ -72,10 +72,11 @@ def compile_programs(sizes: Sizes, *, pins: Path | None, recorded: bool = False)
         raise UnavailableError(f"the kernel refused a program (kernel 5.15 or later is needed): {error}") from error
 
 
-def write_identity(maps: dict[str, Map], sizes: Sizes, now_ns: int) -> None:
+def write_identity(maps: dict[str, Map], sizes: Sizes, now_ns: int, *, complete: bool = True) -> None:
     """Fill map `identity`: whose maps these are, and the secret seed of the row index.
 
-    The seed of adopted maps stays: rows are found by it.
+    The seed of adopted maps stays: rows are found by it. `complete` also names the build, which says that its programs
+    are pinned and attached: to be written last.
     """
     table = maps["identity"]
     zero = np.zeros(1, program.U32)
@@ -85,7 +86,7 @@ def write_identity(maps: dict[str, Map], sizes: Sizes, now_ns: int) -> None:
         record["seed"] = int.from_bytes(os.urandom(8), "little") | 1
         record["created_ns"] = now_ns
     record["abi_id"] = program.layout_id(sizes)
-    record["build_id"] = program.build_id(sizes)
+    record["build_id"] = program.build_id(sizes) if complete else 0
     table.put(zero, record)
 
 

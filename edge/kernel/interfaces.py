@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Sequence
 
@@ -25,9 +24,7 @@ def resolve(names: Sequence[str]) -> dict[str, int]:
             continue
         try:
             found[name] = socket.if_nametoindex(name)
-        except OSError as error:
-            if error.errno not in (errno.ENODEV, errno.ENXIO):
-                raise
+        except OSError:
             present = ", ".join(other for _, other in socket.if_nameindex())
             raise UnavailableError(f"interface {name!r}: expected one of {present}; found no such interface") from None
     if not found:

@@ -116,8 +116,8 @@ class _LinkInfo(c.Structure):
         ("id", c.c_uint32),
         ("prog_id", c.c_uint32),
         ("pad", c.c_uint32),
-        ("ifindex", c.c_uint32),  # of an XDP link; 0 once the interface is gone
-        ("rest", c.c_uint32 * 15),
+        ("target", c.c_uint64),  # XDP: interface index in the lower half; cgroup: its id
+        ("rest", c.c_uint32 * 14),
     )
 
 
@@ -147,11 +147,12 @@ class ProgramInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkInfo:
-    """What the kernel says of a link; ifindex 0: its interface is gone."""
+    """What the kernel says of a link. `target` is the interface's index or the cgroup's id (its directory's inode);
+    0 once that is gone or the link was detached."""
 
     id: int
     program_id: int
-    ifindex: int
+    target: int
 
 
 class Fd:
@@ -277,7 +278,7 @@ def link_info(fd: int) -> LinkInfo:
     """Identity, program and interface of an open link."""
     info = _LinkInfo()
     _info("a link", fd, info)
-    return LinkInfo(id=info.id, program_id=info.prog_id, ifindex=info.ifindex)
+    return LinkInfo(id=info.id, program_id=info.prog_id, target=info.target)
 
 
 def attach_xdp(program: int, ifindex: int, flags: int) -> Fd:
@@ -315,8 +316,10 @@ def attached_program(ifindex: int, flags: int = 0) -> int:
 
 
 def detach_foreign(ifindex: int) -> None:
-    """Remove an XDP program that was attached without a link."""
-    _call(f"remove the XDP program of interface {ifindex}", "bpf_xdp_detach", ifindex, 0, c.c_void_p())
+    """Remove an XDP program that was attached without a link, in whichever mode it was."""
+    for flags in (XDP_NATIVE, XDP_GENERIC):
+        if attached_program(ifindex, flags):
+            _call(f"remove the XDP program of interface {ifindex}", "bpf_xdp_detach", ifindex, flags, c.c_void_p())
 
 
 def run_packet(program: int, packet: bytes, *, repeat: int = 1) -> tuple[int, int]:
@@ -355,13 +358,14 @@ class Map:
 
     def get(self, key: np.ndarray) -> np.ndarray | None:
         """The value of one key (array of one record, or of one a CPU), or None."""
+        row = np.ascontiguousarray(key)
         buffer = np.zeros(self.copies * self.stride, np.uint8)
         try:
             _call(
                 f"read map {self.info.name}",
                 "bpf_map_lookup_elem",
                 self.fd.number,
-                np.ascontiguousarray(key).ctypes.data,
+                row.ctypes.data,
                 buffer.ctypes.data,
             )
         except BpfError as error:
@@ -389,12 +393,13 @@ class Map:
 
     def delete(self, key: np.ndarray) -> bool:
         """Delete one key; False when it was not there."""
+        row = np.ascontiguousarray(key)
         try:
             _call(
                 f"remove from map {self.info.name}",
                 "bpf_map_delete_elem",
                 self.fd.number,
-                np.ascontiguousarray(key).ctypes.data,
+                row.ctypes.data,
             )
         except BpfError as error:
             if error.errno == errno.ENOENT:

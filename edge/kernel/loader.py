@@ -15,8 +15,10 @@ import logging
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from edge.abi import Level
@@ -32,6 +34,7 @@ from edge.kernel.program import Sizes
 log = logging.getLogger(__name__)
 
 BPFFS = Path("/sys/fs/bpf")
+ARPHRD_ETHER = "1"  # linux/if_arp.h
 
 
 def sizes(config: Config) -> Sizes:
@@ -56,9 +59,33 @@ def cgroup(config: Config) -> Path:
 def is_current(config: Config) -> bool:
     """Whether what is pinned and attached is just what load() would make: nothing to do."""
     pins = Pins(Path(config.paths.pins))
-    if not pins.build_matches(sizes(config)) or not pins.sockops_link.exists():
+    targets = set(interfaces.resolve(config.interfaces.names).values())
+    if not pins.build_matches(sizes(config)) or set(pins.xdp_links()) != targets:
         return False
-    return all(_link_is_live(pins, index) for index in interfaces.resolve(config.interfaces.names).values())
+    return all(_is_live(pins, pins.xdp_link(index), "xdp", index) for index in targets) and _is_live(
+        pins, pins.sockops_link, "sockops", cgroup(config).stat().st_ino
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """An interface and what of ours is on it: mode "native" or "generic", or "missing" with program 0."""
+
+    ifindex: int
+    mode: str
+    program_id: int
+
+
+def attachments(config: Config) -> dict[str, Attachment]:
+    """How things stand on every configured interface. Not for a running event loop: pyroute2 has its own."""
+    with libbpf.get(Pins(Path(config.paths.pins)).program("xdp")) as pinned:
+        ours = libbpf.program_info(pinned.number).id
+    found = {}
+    for name, index in interfaces.resolve(config.interfaces.names).items():
+        modes = {"native": libbpf.XDP_NATIVE, "generic": libbpf.XDP_GENERIC}
+        mode = next((word for word, flags in modes.items() if libbpf.attached_program(index, flags) == ours), "missing")
+        found[name] = Attachment(ifindex=index, mode=mode, program_id=0 if mode == "missing" else ours)
+    return found
 
 
 def load(config: Config, *, replace: bool = False, user: str | None = None) -> None:
@@ -79,6 +106,8 @@ def load(config: Config, *, replace: bool = False, user: str | None = None) -> N
 def install(config: Config, *, replace: bool) -> None:
     """What load() does for whoever holds the lock on the pins."""
     pins = Pins(Path(config.paths.pins))
+    _finish_rename(pins)
+    pins.maps.mkdir(mode=0o700, exist_ok=True)
     targets = interfaces.resolve(config.interfaces.names)
     group = cgroup(config)
     started = time.monotonic()
@@ -91,8 +120,12 @@ def install(config: Config, *, replace: bool) -> None:
             extra={"fields": {"pins": str(pins.root), "seconds": f"{time.monotonic() - started:.2f}"}},
         )
     with libbpf.get(pins.program("xdp")) as xdp, libbpf.get(pins.program("sockops")) as sockops:
+        _adopt_half_made_links(pins)
+        _swap_in(pins, xdp.number, sockops.number)
         for name, index in targets.items():
-            _attach(pins, name, index, xdp.number, config.interfaces.xdp_mode, replace=replace)
+            _make_way(pins, name, index, replace=replace)
+        for name, index in targets.items():
+            _attach(pins, name, index, xdp.number, config.interfaces.xdp_mode)
         _attach_sockops(pins, group, sockops.number)
     _drop_stale_links(pins, set(targets.values()))
 
@@ -127,7 +160,13 @@ def make_directory(root: Path) -> None:
     if BPFFS in root.parents and not os.path.ismount(BPFFS):
         _mount_bpffs()
     try:
-        (root / "maps").mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # what stands there was made by us, or by somebody who could then pull our programs out again
+        owner = root.lstat()
+        if owner.st_uid != 0 or not stat.S_ISDIR(owner.st_mode):
+            raise UnavailableError(
+                f"[paths] pins: expected {root} to be root's directory, found it owned by {owner.st_uid}"
+            )
     except OSError as error:
         raise UnavailableError(
             f"[paths] pins: expected a directory on a BPF file system, cannot make {root}: {error.strerror}"
@@ -136,7 +175,9 @@ def make_directory(root: Path) -> None:
 
 def _mount_bpffs() -> None:
     """systemd mounts it at boot; other inits do not."""
-    done = subprocess.run(["mount", "-t", "bpf", "bpf", str(BPFFS)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "bpf", "-o", "mode=0700", "bpf", str(BPFFS)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise UnavailableError(f"no BPF file system at {BPFFS}, and mounting one failed: {done.stderr.strip()}")
     log.info("mounted a BPF file system", extra={"fields": {"at": str(BPFFS)}})
@@ -157,29 +198,39 @@ def _install(pins: Pins, wanted: Sizes) -> None:
         shutil.rmtree(where, ignore_errors=True)
         where.mkdir(mode=0o700)
     compiled = compile_programs(wanted, pins=where)
-    write_identity(compiled.maps, wanted, time.monotonic_ns())
+    write_identity(compiled.maps, wanted, time.monotonic_ns(), complete=False)
     if not fits:
         _copy_policy(pins, compiled)
-        _swap_in(pins, compiled)
-        shutil.rmtree(pins.maps)
-        where.rename(pins.maps)
-    else:
-        _swap_in(pins, compiled)
-
-
-def _swap_in(pins: Pins, compiled: Compiled) -> None:
-    """Pin the new programs and give them to the links that live."""
     for name in ("xdp", "sockops"):
         libbpf.pin(compiled.programs[f"edge_{name}"], pins.program(name))
-    links = dict.fromkeys(pins.xdp_links().values(), "edge_xdp") | {pins.sockops_link: "edge_sockops"}
+    _swap_in(pins, compiled.programs["edge_xdp"], compiled.programs["edge_sockops"])
+    if not fits:
+        pins.maps.rename(pins.root / "maps_old")
+        _finish_rename(pins)
+    write_identity(compiled.maps, wanted, time.monotonic_ns())
+
+
+def _finish_rename(pins: Pins) -> None:
+    """Put the new tables in the place of the old ones; also what a load that was killed on the way had begun."""
+    fresh, old = pins.root / "maps_new", pins.root / "maps_old"
+    if old.is_dir():
+        if not pins.maps.exists() and fresh.is_dir():
+            fresh.rename(pins.maps)
+        shutil.rmtree(old)
+
+
+def _swap_in(pins: Pins, xdp: int, sockops: int) -> None:
+    """Give these programs to the links that live and hold others."""
+    links = dict.fromkeys(pins.xdp_links().values(), xdp) | {pins.sockops_link: sockops}
     for path, program in links.items():
         if not path.exists():
             continue
         with libbpf.get(path) as link:
             try:
-                libbpf.update_link(link.number, compiled.programs[program])
+                if libbpf.link_info(link.number).program_id != libbpf.program_info(program).id:
+                    libbpf.update_link(link.number, program)
             except BpfError as error:
-                if error.errno != errno.ENOLINK:  # its interface or cgroup is gone: dropped below
+                if error.errno != errno.ENOLINK:  # its interface or cgroup is gone: made again below
                     raise
                 path.unlink()
 
@@ -196,21 +247,37 @@ def _copy_policy(pins: Pins, compiled: Compiled) -> None:
             compiled.maps[name].put(key, value)
 
 
-def _link_is_live(pins: Pins, ifindex: int) -> bool:
-    path = pins.xdp_link(ifindex)
-    if not path.exists():
+def _is_live(pins: Pins, path: Path, program: str, target: int) -> bool:
+    """Whether a pinned link is attached to this interface index (or cgroup id) and runs the pinned program."""
+    if not path.exists() or not pins.program(program).exists():
         return False
-    with libbpf.get(path) as link:
-        return libbpf.link_info(link.number).ifindex == ifindex
+    with libbpf.get(path) as link, libbpf.get(pins.program(program)) as pinned:
+        info = libbpf.link_info(link.number)
+        return info.target == target and info.program_id == libbpf.program_info(pinned.number).id
 
 
-def _attach(pins: Pins, name: str, ifindex: int, program: int, mode: str, *, replace: bool) -> None:
-    if _link_is_live(pins, ifindex):
+def _adopt_half_made_links(pins: Pins) -> None:
+    """Links of a load that was killed between pinning them and giving them their name."""
+    for path in pins.root.glob("*_link*_new"):
+        path.rename(path.with_name(path.name.removesuffix("_new")))
+
+
+def _make_way(pins: Pins, name: str, ifindex: int, *, replace: bool) -> None:
+    """Refuse, or displace when told to, what else is on an interface; before anything is attached anywhere."""
+    if _is_live(pins, pins.xdp_link(ifindex), "xdp", ifindex):
         return
-    pins.xdp_link(ifindex).unlink(missing_ok=True)
     foreign = libbpf.attached_program(ifindex)
     if foreign:
         _displace(name, ifindex, foreign, replace=replace)
+
+
+def _attach(pins: Pins, name: str, ifindex: int, program: int, mode: str) -> None:
+    if _is_live(pins, pins.xdp_link(ifindex), "xdp", ifindex):
+        return
+    kind = Path("/sys/class/net", name, "type")
+    if kind.exists() and kind.read_text().strip() != ARPHRD_ETHER:
+        log.warning("no Ethernet header there: nothing of it can be judged", extra={"fields": {"interface": name}})
+    pins.xdp_link(ifindex).unlink(missing_ok=True)
     link, used = _link(name, ifindex, program, mode)
     with link:
         libbpf.pin(link.number, pins.xdp_link(ifindex))
@@ -241,8 +308,9 @@ def _link(name: str, ifindex: int, program: int, mode: str) -> tuple[Fd, str]:
 
 
 def _attach_sockops(pins: Pins, group: Path, program: int) -> None:
-    if pins.sockops_link.exists():
+    if _is_live(pins, pins.sockops_link, "sockops", group.stat().st_ino):
         return
+    pins.sockops_link.unlink(missing_ok=True)
     with libbpf.attach_sockops(program, group) as link:
         libbpf.pin(link.number, pins.sockops_link)
     log.info("counting handshakes", extra={"fields": {"cgroup": str(group)}})
@@ -259,7 +327,11 @@ def _drop_stale_links(pins: Pins, wanted: set[int]) -> None:
 
 
 def _hand_over(root: Path, user: str | None) -> None:
-    """Let an unprivileged daemon open the pins: their file mode is the access control."""
+    """Let an unprivileged daemon open the pins: their file mode is the access control.
+
+    The directories stay root's, so that the daemon's user can neither remove a pin nor put a link to somebody's file
+    there for the next load to hand over; links are not followed.
+    """
     if user is None:
         return
     try:
@@ -267,4 +339,8 @@ def _hand_over(root: Path, user: str | None) -> None:
     except KeyError:
         raise UnavailableError(f"user {user!r}: expected an existing user to hand the pins to, found none") from None
     for path in [root, *root.rglob("*")]:
-        os.chown(path, owner.pw_uid, owner.pw_gid)
+        if stat.S_ISDIR(path.lstat().st_mode):
+            os.chown(path, 0, owner.pw_gid, follow_symlinks=False)
+            path.chmod(0o750)
+        else:
+            os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from edge.abi import Level, Reason, Service, Standing
+from edge.abi import LEVELS, LIMIT, STANDINGS, Level, Reason, Service, Standing
+from edge.config import Config
 from edge.core.prefix import Prefix
+from edge.kernel import libbpf
+from edge.kernel.compile import compile_programs, write_identity
+from edge.kernel.maps import Tables
+from edge.kernel.program import U32
 from tests import packets as p
 from tests.bpf.harness import SECOND, SMALL, START_S, Harness, entry
 from tests.bpf.model import Model
@@ -82,6 +90,14 @@ def test_suspect_and_bad_do_not_cut_the_chain(xdp: Harness) -> None:
     assert reasons == [Reason.CONFORMING] * 3 + [Reason.LIMIT_48] * 2
 
 
+def test_allow_above_a_suspect_cuts_the_chain_there(xdp: Harness) -> None:
+    xdp.limit({Level.L48: (SECOND, 2), Level.L32: (SECOND, 2)})
+    xdp.limit({Level.L64: (SECOND, 5)}, Standing.SUSPECT)
+    xdp.install(entry("2001:db8:1:2::/64", Standing.SUSPECT), entry("2001:db8:1::/48", Standing.ALLOW))
+    reasons = [xdp.judge_ns(p.syn("2001:db8:1:2::3"), START).reason for _ in range(7)]
+    assert reasons == [Reason.CONFORMING_GOOD] * 5 + [Reason.LIMIT_64] * 2
+
+
 def test_allow_has_no_limit_and_charges_nothing(xdp: Harness) -> None:
     xdp.limit({Level.L64: (SECOND, 2), Level.L32: (SECOND, 2)})
     xdp.install(entry("2001:db8:1:2::3", Standing.ALLOW))
@@ -110,6 +126,46 @@ def test_released_prefix_does_not_serve_the_old_sentence(xdp: Harness) -> None:
     # it starts with its burst spent, then at the rate; not 300 seconds later
     assert [xdp.judge_ns(frame, START).dropped for _ in range(3)] == [False, True, True]
     assert not xdp.judge_ns(frame, START + SECOND).dropped
+
+
+def test_clocks_that_differ_between_cpus_admit_no_more(xdp: Harness) -> None:
+    """A CPU whose clock was read earlier meets a TAT further ahead than its own clock allows."""
+    xdp.limit({Level.L64: (SECOND, 3)})
+    frame = p.syn("2001:db8:1:2::3")
+    assert sum(not xdp.judge_ns(frame, START).dropped for _ in range(5)) == 3
+    assert all(xdp.judge_ns(frame, START - behind).dropped for behind in (1, 9, 1009, 1_000_003, 100_000_007))
+
+
+def test_two_cpus_never_exceed_the_bound() -> None:
+    """The live entry point, hammered on one prefix from every CPU at once, with the kernel's own clock."""
+    interval, burst = 100_003, 31
+    compiled = compile_programs(SMALL, pins=None)
+    write_identity(compiled.maps, SMALL, 1)
+    tables = Tables(compiled.maps, SMALL)
+    tables.configure(Config(mode="enforce"), time.monotonic())
+    for level in Level:
+        value = (interval, interval * (burst - 1)) if level is Level.L64 else (0, 0)
+        index = (Service.MX * STANDINGS + Standing.NEW) * LEVELS + level
+        compiled.maps["limits"].put(np.array([index], U32), np.array(value, LIMIT))
+    cpus = sorted(os.sched_getaffinity(0))
+    began = time.monotonic_ns()
+
+    def hammer(cpu: int) -> None:
+        os.sched_setaffinity(0, {cpu})  # of this thread
+        for _ in range(7):
+            libbpf.run_packet(compiled.programs["edge_xdp"], p.syn("2001:db8:1:2::3"), repeat=100_003)
+
+    threads = [threading.Thread(target=hammer, args=(cpu,)) for cpu in cpus]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.monotonic_ns() - began
+    counters = tables.read(time.monotonic()).counters
+    sent, admitted = int(counters.sum()), int(counters[Reason.CONFORMING, 0])
+    assert sent == 7 * 100_003 * len(cpus)
+    assert admitted <= burst + elapsed / interval + len(cpus) - 1
+    assert admitted > burst, "the rate must have admitted some more"
 
 
 def test_random_schedules_agree_with_the_model(xdp: Harness) -> None:

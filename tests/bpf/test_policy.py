@@ -101,6 +101,29 @@ def test_expired_entry_does_not_count(xdp: Harness) -> None:
     assert not xdp.judge(p.syn("2001:db8:1:2::3"), START_S + 5).dropped
 
 
+def test_expired_range_does_not_hide_a_shorter_one(xdp: Harness) -> None:
+    xdp.install(
+        entry("2001:db8::/29", Standing.BLOCK, origin=Origin.OPERATOR),
+        entry("2001:db8::/36", Standing.ALLOW, origin=Origin.OPERATOR, expires_s=START_S + 7),
+        entry("2001:db8::/44", Standing.ALLOW, origin=Origin.OPERATOR, expires_s=START_S + 5),
+    )
+    assert xdp.judge(p.syn("2001:db8:1:2::3"), START_S + 4).reason is Reason.ALLOWED
+    assert xdp.judge(p.syn("2001:db8:1:2::3"), START_S + 6).reason is Reason.ALLOWED
+    assert xdp.judge(p.syn("2001:db8:1:2::3"), START_S + 8).reason is Reason.BLOCKED_OPERATOR
+
+
+def test_expired_range_alone_does_not_count(xdp: Harness) -> None:
+    xdp.install(entry("2001:db8::/44", Standing.BLOCK, origin=Origin.OPERATOR, expires_s=START_S + 5))
+    assert not xdp.judge(p.syn("2001:db8:1:2::3"), START_S + 6).dropped
+
+
+def test_ipv6_range_does_not_catch_ipv4(xdp: Harness) -> None:
+    """IPv4 is keyed inside 0:ffff::/32, which ::/3 holds."""
+    xdp.install(entry("::/3", Standing.BLOCK, origin=Origin.OPERATOR))
+    assert xdp.judge(p.syn("1234::1")).dropped
+    assert not xdp.judge(p.syn("198.51.100.7")).dropped
+
+
 @pytest.mark.parametrize(
     ("dead", "origin", "dropped"),
     [

@@ -135,13 +135,13 @@ def test_a_hole_is_not_lengthened_by_an_expired_block_or_shortened_by_any() -> N
 
 def test_no_ipv6_prefix_holds_an_ipv4_one() -> None:
     nesting: Nesting[str] = Nesting()
-    for text in ("::/0", "::/16", "0.0.0.0/0", "192.0.2.0/24", "192.0.2.1"):
+    for text in ("::/1", "::/16", "128.0.0.0/1", "192.0.2.0/24", "192.0.2.1"):
         nesting.add(Service.MX, Prefix.parse(text), text)
-    assert set(nesting.holding(Service.MX, Prefix.parse("192.0.2.1"))) == {"0.0.0.0/0", "192.0.2.0/24"}
+    assert set(nesting.holding(Service.MX, Prefix.parse("192.0.2.1"))) == {"128.0.0.0/1", "192.0.2.0/24"}
     assert not set(nesting.holding(Service.SUBMISSION, Prefix.parse("192.0.2.1")))
     nesting.remove(Service.MX, Prefix.parse("192.0.2.0/24"))
     nesting.remove(Service.MX, Prefix.parse("198.51.100.0/24"))
-    assert set(nesting.holding(Service.MX, Prefix.parse("192.0.2.1"))) == {"0.0.0.0/0"}
+    assert set(nesting.holding(Service.MX, Prefix.parse("192.0.2.1"))) == {"128.0.0.0/1"}
 
 
 def test_the_operator_goes_first_and_with_him_what_his_change_rests_on() -> None:

@@ -88,5 +88,5 @@ def test_services_do_not_bind_each_other() -> None:
 
 
 def test_ipv6_default_route_binds_no_ipv4() -> None:
-    found = in_force([entry("192.0.2.7/32", Standing.BLOCK)], entry("::/0", Standing.ALLOW, Origin.OPERATOR))
+    found = in_force([entry("192.0.2.7/32", Standing.BLOCK)], entry("::/1", Standing.ALLOW, Origin.OPERATOR))
     assert "192.0.2.7/32" in found

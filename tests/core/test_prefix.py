@@ -19,9 +19,9 @@ def some_prefixes(count: int = 997) -> list[Prefix]:
     print("seed", SEED)
     draw = random.Random(SEED)
     return [
-        Prefix.of(draw.getrandbits(64), draw.getrandbits(64), draw.randrange(129))
+        Prefix.of(draw.getrandbits(64), draw.getrandbits(64), draw.randrange(1, 129))
         if draw.random() < 0.7
-        else Prefix.of(ipv4_key(draw.getrandbits(32)), 0, draw.randrange(32, 65))
+        else Prefix.of(ipv4_key(draw.getrandbits(32)), 0, draw.randrange(33, 65))
         for _ in range(count)
     ]
 
@@ -82,7 +82,7 @@ def test_what_is_no_prefix_is_refused_by_name(text: str) -> None:
 
 
 def test_contains_agrees_with_ipaddress() -> None:
-    prefixes = [*some_prefixes(101), Prefix.parse("::/0"), Prefix.parse("0.0.0.0/0")]
+    prefixes = [*some_prefixes(101), Prefix.parse("::/1"), Prefix.parse("0.0.0.0/1")]
     for outer in prefixes:
         for inner in prefixes:
             a, b = outer.network, inner.network
@@ -105,3 +105,21 @@ def test_levels_have_their_lengths() -> None:
         Level.L56,
         Level.L48,
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("::/0", "everybody"),
+        ("0.0.0.0/0", "everybody"),
+        ("0:ffff::/32", "bogon"),
+        ("0:ffff:c633:6407::1", "bogon"),
+        ("2002:c633:6407::/48", "IPv4 address they carry"),
+        ("2001::/32", "IPv4 address they carry"),
+        ("64:ff9b::/96", "IPv4 address they carry"),
+        ("::ffff:198.51.100.0/120", "IPv4 address they carry"),
+    ],
+)
+def test_prefix_that_could_never_match_is_refused(text: str, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        Prefix.parse(text)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,8 +178,6 @@ def test_detach_leaves_nothing(mail_host: Host) -> None:
     assert "in use" in error
     assert h.kill(signal.SIGTERM) == 0
     with h.net.server.entered():
-        import socket
-
         index = socket.if_nametoindex(network.SERVER_LINK)
         assert libbpf.attached_program(index)
         h.edge("detach")
@@ -193,8 +194,6 @@ def test_foreign_program_is_left_alone_unless_told(mail_host: Host) -> None:
     h = mail_host
     foreign = compile_programs(SMALL, pins=None)
     with h.net.server.entered():
-        import socket
-
         index = socket.if_nametoindex(network.SERVER_LINK)
         libbpf._call("attach", "bpf_xdp_attach", index, foreign.programs["edge_xdp"], libbpf.XDP_NATIVE, None)
         theirs = libbpf.attached_program(index)
@@ -240,6 +239,116 @@ def test_new_sizes_make_new_tables_and_keep_the_entries(mail_host: Host) -> None
     assert not h.connect("2001:db8:bad:1::1")
 
 
+def test_upgrade_killed_before_the_swap_is_done_by_the_next_load(mail_host: Host) -> None:
+    h = mail_host
+    h.edge("load")
+    pins = Pins(h.net.pins)
+    identity = pins.open_map("identity")
+    made = identity.get(np.zeros(1, U32))
+    assert made is not None
+    older = made.copy()
+    older["build_id"] += 1
+    identity.put(np.zeros(1, U32), older)
+    before = attached(h)
+    killed = (
+        "import os, pathlib, edge.config\n"
+        "from edge.kernel import loader\n"
+        "loader._swap_in = lambda *_: os._exit(9)\n"
+        f"loader.load(edge.config.load(pathlib.Path({str(h.config_path)!r})))\n"
+    )
+    done = subprocess.run(h.net.server.command([sys.executable, "-c", killed]), check=False, timeout=60)
+    assert done.returncode == 9
+    assert attached(h) == before
+    h.edge("load")
+    assert attached(h) == pins_program(pins) != before
+
+
+def test_tables_killed_between_the_renames_are_found_again(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    h.edge("block", "2001:db8:bad::/48")
+    maps = h.ask("status")["maps"]
+    h.kill(signal.SIGKILL)
+    # as a load that makes new tables leaves it when it is killed after the first rename
+    h.net.pins.joinpath("maps").rename(h.net.pins / "maps_new")
+    h.net.pins.joinpath("maps_old").mkdir()
+    h.start()
+    assert h.ask("status")["maps"] == maps
+    assert not h.connect("2001:db8:bad:1::1")
+
+
+def test_daemon_killed_while_loading_leaves_no_lock(mail_host: Host) -> None:
+    h = mail_host
+    with h.log.open("ab") as log:
+        daemon = subprocess.Popen(h.command("run"), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children")
+        wait(lambda: children.read_text().strip(), "the loader's process")
+    finally:
+        daemon.kill()
+        daemon.wait(20)
+    wait(lambda: subprocess.run(h.command("load"), check=False, capture_output=True).returncode == 0, "a free lock")
+
+
+def test_interface_that_comes_back_is_attached_again(mail_host: Host) -> None:
+    h = mail_host
+    h.start()
+    subprocess.run(["ip", "-n", h.net.server.name, "link", "del", network.SERVER_LINK], check=True)
+    wait(lambda: h.ask("status")["interfaces"][0]["xdp"] == "missing", f"the daemon to notice\n{h.log.read_text()}")
+    wait(lambda: "edge_interface_attached{" not in scrape(h), "the metric to go")
+    subprocess.run(
+        ["ip", "-n", h.net.server.name, "link", "add", network.SERVER_LINK, "type", "veth", "peer", "name", "other"],
+        check=True,
+    )
+    wait(lambda: h.ask("status")["interfaces"][0]["xdp"] == "native", "the program on the new interface")
+    assert attached(h) == pins_program(Pins(h.net.pins))
+
+
+def test_load_mends_a_link_that_was_detached(mail_host: Host) -> None:
+    h = mail_host
+    h.edge("load")
+    pins = Pins(h.net.pins)
+    with libbpf.get(pins.sockops_link) as link:
+        libbpf.detach_link(link.number)
+        assert libbpf.link_info(link.number).target == 0
+    h.edge("load")
+    with libbpf.get(pins.sockops_link) as link:
+        assert libbpf.link_info(link.number).target == h.net.cgroup.stat().st_ino
+
+
+def test_pins_of_another_user_are_not_used(mail_host: Host) -> None:
+    h = mail_host
+    h.net.pins.mkdir()
+    os.chown(h.net.pins, 65534, 65534)
+    assert "owned by 65534" in h.edge("load", expect=69)
+
+
+def test_unprivileged_daemon_is_given_files_and_no_directory(mail_host: Host) -> None:
+    h = mail_host
+    h.edge("load")
+    h.net.pins.joinpath("link").symlink_to(h.config_path)
+    h.edge("load", "--user", "nobody")
+    for path in [h.net.pins, *h.net.pins.rglob("*")]:
+        status = path.lstat()
+        assert status.st_uid == (0 if path.is_dir() else 65534), path
+        assert not path.is_dir() or status.st_mode & 0o777 == 0o750, path
+    assert h.config_path.stat().st_uid == 0
+
+
+def attached(h: Host) -> int:
+    """Id of the program on the mail interface."""
+    with h.net.server.entered():
+        return libbpf.attached_program(socket.if_nametoindex(network.SERVER_LINK))
+
+
+def scrape(h: Host) -> str:
+    fetch = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9843/metrics').read().decode())"
+    done = subprocess.run(
+        h.net.server.command([sys.executable, "-c", fetch]), capture_output=True, text=True, timeout=30, check=True
+    )
+    return done.stdout
+
+
 def pins_program(pins: Pins) -> int:
     with libbpf.get(pins.program("xdp")) as program:
         return libbpf.program_info(program.number).id
@@ -250,10 +359,7 @@ def test_prometheus_scrapes_it(mail_host: Host) -> None:
     h = mail_host
     h.start()
     inside = h.net.server.command
-    metrics = subprocess.run(
-        inside(["python3", "-c", "import urllib.request as u;print(u.urlopen('http://127.0.0.1:9843/metrics').read().decode())"]),
-        capture_output=True, text=True, timeout=30, check=True,
-    ).stdout  # fmt: skip
+    metrics = scrape(h)
     checked = subprocess.run(
         ["promtool", "check", "metrics"], input=metrics, capture_output=True, text=True, check=False
     )

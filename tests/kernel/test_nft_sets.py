@@ -18,7 +18,15 @@ from edge.kernel.nft_sets import FOREVER, Elements, Lifetime, SetSpec, all_specs
 from edge.kernel.nft_steps import Delta, Deltas, steps
 
 SPECS = all_specs()
-NESTED = ("::/0", "2001:db8::/30", "2001:db8::/32", "2001:db8::/33", "2001:db8::/44", "2001:db8::/58", "2001:db8::/60")
+NESTED = (
+    "2000::/3",
+    "2001:db8::/30",
+    "2001:db8::/32",
+    "2001:db8::/33",
+    "2001:db8::/44",
+    "2001:db8::/58",
+    "2001:db8::/60",
+)
 
 
 def entry(
