@@ -192,16 +192,19 @@ class Policy:
 
     def apply(self, put: Sequence[Entry], drop: Sequence[Entry]) -> None:
         """Write `put` in the given order, then remove `drop`. Call after announce() and a heartbeat."""
+        refused: list[BpfError] = []
         for entry in put:
             try:
                 self._write(entry)
             except BpfError as error:
-                self.no_room += 1
+                refused.append(error)
                 if entry.key not in self._entries:
                     self._levels[entry.prefix.length] -= 1
-                log.warning("no room for an entry", extra={"fields": {"prefix": str(entry.prefix), "why": str(error)}})
                 continue
             self._entries[entry.key] = entry
+        if refused:
+            self.no_room += len(refused)
+            log.error("no room for entries", extra={"fields": {"count": len(refused), "first": str(refused[0])}})
         for entry in drop:
             if self._entries.pop(entry.key, None) is None:
                 continue
