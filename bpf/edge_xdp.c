@@ -206,11 +206,14 @@ INLINE int prepare(u64 seed, const struct verdict *out, struct asked *asked, str
 		if (!limit)
 			return 0;
 		use &= is_zero(limit->emission_interval_ns) ^ 1;
-		mixed = mixed_key(level_hi(out->hi, level), level == LEVEL_128 ? out->lo : 0, seed);
-		index = level_base(level) + (u32)(mixed & level_mask(level) & -use);
 		places[level].limit = limit;
-		asked[level].tag = row_tag(mixed, level_mask(level), out->service & 1);
 		asked[level].use = use;
+		index = level_base(level);
+		if (use) {
+			mixed = mixed_key(level_hi(out->hi, level), level == LEVEL_128 ? out->lo : 0, seed);
+			index += (u32)(mixed & level_mask(level));
+			asked[level].tag = row_tag(mixed, level_mask(level), out->service & 1);
+		}
 		places[level].line = rows.lookup(&index);
 		if (!places[level].line)
 			return 0;
@@ -229,14 +232,16 @@ INLINE u32 ask(struct asked *asked, struct place *places, u64 now, u64 *no_room)
 		struct asked *one = &asked[level];
 		struct place *at = &places[level];
 
+		if (!one->use)
+			continue;
 		find_row(at->line, one->tag, tag_bits(level_mask(level)), now, &one->row);
 		base = gcra_base(one->row.tat, now, at->limit);
 		/* a row that is not held is free or of no concern: it refuses nothing */
-		exceeded = gcra_exceeds(base, now, at->limit) & one->row.held & one->use;
+		exceeded = gcra_exceeds(base, now, at->limit) & one->row.held;
 		if (exceeded)
 			return level;
-		wanted |= one->use;
-		room |= one->row.usable & one->use;
+		wanted = 1;
+		room |= one->row.usable;
 	}
 	*no_room = wanted & (room ^ 1);
 	return LEVELS;
@@ -314,6 +319,7 @@ INLINE u32 limit_rate(u64 now, const struct control *settings, struct verdict *o
 	scratch_row = scratch.lookup(&zero);
 	if (!made || !scratch_row || !prepare(made->seed, out, scratch_row->asked, places))
 		return REASON_INTERNAL;
+#pragma nounroll
 	for (u64 attempt = 0; attempt < MAX_ATTEMPTS; attempt++) {
 		refused = ask(scratch_row->asked, places, now, &untracked_only);
 		if (refused < LEVELS) {
@@ -328,12 +334,14 @@ INLINE u32 limit_rate(u64 now, const struct control *settings, struct verdict *o
 	return REASON_RACE_LOST;
 }
 
-/* From a SYN to the reason it passes or is refused for. */
-INLINE u32 judge(const struct packet *packet, u64 now, const struct control *settings, struct verdict *out)
+/* From a SYN to the reason it passes or is refused for. The clock is read late: it costs as much as
+ * everything before it, and most SYNs of a busy host go to other ports. */
+INLINE u32 judge(const struct packet *packet, int recorded, const struct control *settings, struct verdict *out)
 {
 	struct source source = {};
 	u32 port = packet->port;
 	u8 *service;
+	u64 now;
 
 	service = services.lookup(&port);
 	if (!service || !*service)
@@ -357,6 +365,8 @@ INLINE u32 judge(const struct packet *packet, u64 now, const struct control *set
 	    (packet->ipv4 ? ipv4_is_private((u32)packet->source_lo) :
 			    ipv6_is_private(packet->source_hi, packet->source_lo)))
 		return REASON_EXEMPT;
+	now = recorded ? out->now_ns : bpf_ktime_get_ns();
+	out->now_ns = now;
 	match_policy(now, settings, out);
 	if (out->reason != REASON_INTERNAL)
 		return out->reason;
@@ -391,13 +401,13 @@ INLINE int run(struct xdp_md *ctx, int recorded)
 	out = verdicts.lookup(&zero);
 	if (!out)
 		return XDP_PASS;
-	now = recorded ? out->now_ns : bpf_ktime_get_ns();
+	now = out->now_ns;
 	__builtin_memset(out, 0, sizeof(*out));
 	out->now_ns = now;
 	out->dport = packet.port;
 	out->cut = LEVELS;
 	out->reason = REASON_INTERNAL;
-	reason = parsed == PARSED_SYN ? judge(&packet, now, settings, out) : parsed;
+	reason = parsed == PARSED_SYN ? judge(&packet, recorded, settings, out) : parsed;
 	action = finish(reason, settings);
 	out->reason = reason;
 	out->drop = action == XDP_DROP;

@@ -109,6 +109,7 @@ INLINE int parse_chain(const void *cursor, const void *end, __u64 left, __u32 ne
 	const struct extension_header *header;
 	__u64 length;
 
+#pragma nounroll
 	for (__u64 i = 0; i < MAX_EXTENSION_HEADERS; i++) {
 		if (next == NEXT_TCP)
 			return parse_tcp(cursor, end, left, fragment, packet);
