@@ -118,9 +118,19 @@ INLINE int decide(const struct policy_entry *entry, u32 level, u32 length, struc
 	return 0;
 }
 
+/* Whether the daemon says that this level may have an entry for the mixed key. */
+INLINE int may_have_entry(u64 mixed, u32 level, u32 service)
+{
+	u32 bit = (u32)((mixed >> 32) + service) & (EDGE_FILTER_BITS - 1);
+	u32 index = level * (EDGE_FILTER_BITS / 64) + bit / 64;
+	u64 *word = policy_filter.lookup(&index);
+
+	return !word || *word & (1ull << (bit & 63));
+}
+
 /* The longest match decides between pass, block and limit; each level's own standing chooses its limit;
  * GOOD and ALLOW cut the chain, so that shorter levels are neither asked nor charged. */
-INLINE void match_policy(u64 now, const struct control *settings, struct verdict *out)
+INLINE void match_policy(u64 now, u64 seed, const struct control *settings, struct asked *asked, struct verdict *out)
 {
 	int dead = settings->heartbeat_ns + settings->heartbeat_grace_ns < now &&
 		   !(settings->flags & CONTROL_DEAD_KEEPS_BLOCKS);
@@ -159,13 +169,18 @@ INLINE void match_policy(u64 now, const struct control *settings, struct verdict
 				return;
 			range_length = 0;
 		}
-		if (!(settings->policy_levels & (1 << level)))
-			continue;
 		if (out->ipv4 && (level == LEVEL_128 || level == LEVEL_32))
+			continue;
+		/* rows at /128 exist for entries only, so its key is needed for nothing else */
+		if (level == LEVEL_128 && !(settings->policy_levels & (1 << level)))
 			continue;
 		key.hi = level_hi(out->hi, level);
 		key.lo = level == LEVEL_128 ? out->lo : 0;
 		key.length = level_length(level);
+		asked[level].mixed = mixed_key(key.hi, key.lo, seed);
+		if (!(settings->policy_levels & (1 << level)) ||
+		    !may_have_entry(asked[level].mixed, level, out->service))
+			continue;
 		entry = policy.lookup(&key);
 		if (!entry || !in_force(entry, now, dead))
 			continue;
@@ -185,7 +200,7 @@ INLINE void match_policy(u64 now, const struct control *settings, struct verdict
 
 /* Find the line and the limit of every level. 0 if a map is missing. A level that is not asked gets the
  * first line of its region, which stays in the cache. */
-INLINE int prepare(u64 seed, const struct verdict *out, struct asked *asked, struct place *places)
+INLINE int prepare(const struct verdict *out, struct asked *asked, struct place *places)
 {
 	const struct limit *limit;
 	u64 mixed, use;
@@ -210,7 +225,7 @@ INLINE int prepare(u64 seed, const struct verdict *out, struct asked *asked, str
 		asked[level].use = use;
 		index = level_base(level);
 		if (use) {
-			mixed = mixed_key(level_hi(out->hi, level), level == LEVEL_128 ? out->lo : 0, seed);
+			mixed = asked[level].mixed;
 			index += (u32)(mixed & level_mask(level));
 			asked[level].tag = row_tag(mixed, level_mask(level), out->service & 1);
 		}
@@ -307,28 +322,24 @@ INLINE u32 judge_untracked(u64 now, const struct control *settings, const struct
 	return REASON_UNTRACKED;
 }
 
-INLINE u32 limit_rate(u64 now, const struct control *settings, struct verdict *out)
+INLINE u32 limit_rate(u64 now, const struct control *settings, struct asked *asked, struct verdict *out)
 {
 	struct place places[LEVELS];
-	struct scratch *scratch_row;
-	struct identity *made;
-	u32 zero = 0, refused;
 	u64 untracked_only;
+	u32 refused;
 
-	made = identity.lookup(&zero);
-	scratch_row = scratch.lookup(&zero);
-	if (!made || !scratch_row || !prepare(made->seed, out, scratch_row->asked, places))
+	if (!prepare(out, asked, places))
 		return REASON_INTERNAL;
 #pragma nounroll
 	for (u64 attempt = 0; attempt < MAX_ATTEMPTS; attempt++) {
-		refused = ask(scratch_row->asked, places, now, &untracked_only);
+		refused = ask(asked, places, now, &untracked_only);
 		if (refused < LEVELS) {
 			out->length = level_length(refused);
 			return REASON_LIMIT_128 + refused;
 		}
 		if (untracked_only)
 			return judge_untracked(now, settings, out);
-		if (charge(scratch_row->asked, places, now))
+		if (charge(asked, places, now))
 			return out->cut < LEVELS ? REASON_CONFORMING_GOOD : REASON_CONFORMING;
 	}
 	return REASON_RACE_LOST;
@@ -339,7 +350,9 @@ INLINE u32 limit_rate(u64 now, const struct control *settings, struct verdict *o
 INLINE u32 judge(const struct packet *packet, int recorded, const struct control *settings, struct verdict *out)
 {
 	struct source source = {};
-	u32 port = packet->port;
+	u32 port = packet->port, zero = 0;
+	struct scratch *working;
+	struct identity *made;
 	u8 *service;
 	u64 now;
 
@@ -367,10 +380,14 @@ INLINE u32 judge(const struct packet *packet, int recorded, const struct control
 		return REASON_EXEMPT;
 	now = recorded ? out->now_ns : bpf_ktime_get_ns();
 	out->now_ns = now;
-	match_policy(now, settings, out);
+	made = identity.lookup(&zero);
+	working = scratch.lookup(&zero);
+	if (!made || !working)
+		return REASON_INTERNAL;
+	match_policy(now, made->seed, settings, working->asked, out);
 	if (out->reason != REASON_INTERNAL)
 		return out->reason;
-	return limit_rate(now, settings, out);
+	return limit_rate(now, settings, working->asked, out);
 }
 
 INLINE int finish(u32 reason, const struct control *settings)

@@ -21,15 +21,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from edge.abi import Level
 from edge.config import Config
 from edge.errors import UnavailableError
 from edge.kernel import interfaces, libbpf
 from edge.kernel.compile import Compiled, compile_programs, write_identity
 from edge.kernel.libbpf import BpfError, Fd
+from edge.kernel.maps import Policy
 from edge.kernel.nft import remove_table
 from edge.kernel.pins import Pins
-from edge.kernel.program import Sizes
+from edge.kernel.program import U32, Sizes
 
 log = logging.getLogger(__name__)
 
@@ -245,6 +248,9 @@ def _copy_policy(pins: Pins, compiled: Compiled) -> None:
             continue
         for key, value in zip(*old.items(), strict=True):
             compiled.maps[name].put(key, value)
+    identity = compiled.maps["identity"].get(np.zeros(1, U32))
+    assert identity is not None  # an array always has its row
+    Policy(compiled.maps, int(identity["seed"]))  # fills the filter, which depends on the new tables' seed
 
 
 def _is_live(pins: Pins, path: Path, program: str, target: int) -> bool:

@@ -38,6 +38,7 @@ from edge.core.snapshot import HANDSHAKE, Snapshot
 from edge.errors import UnavailableError
 from edge.kernel.libbpf import BpfError, Map
 from edge.kernel.pins import Pins
+from edge.kernel.policy_filter import PolicyFilter
 from edge.kernel.program import MAPS, U32, Sizes
 from edge.kernel.rows import Rows
 
@@ -56,8 +57,9 @@ class Tables:
         identity = maps["identity"].get(ZERO)
         if identity is None or not identity["seed"]:
             raise UnavailableError("the pinned maps have no identity: load the programs again with `edge load`")
-        self.rows = Rows(maps["rows"], sizes, int(identity["seed"]))
-        self.policy = Policy(maps)
+        seed = int(identity["seed"])
+        self.rows = Rows(maps["rows"], sizes, seed)
+        self.policy = Policy(maps, seed)
 
     @classmethod
     def open(cls, pins: Path, sizes: Sizes) -> Tables:
@@ -168,10 +170,12 @@ class Policy:
     A full map keeps what it holds: what found no room is counted in `no_room` and logged; nftables still has it.
     """
 
-    def __init__(self, maps: dict[str, Map]) -> None:
+    def __init__(self, maps: dict[str, Map], seed: int) -> None:
         self._exact, self._ranges = maps["policy"], maps["policy_ranges"]
         self._entries = {entry.key: entry for entry in self._stored()}
         self._levels = Counter(prefix.length for _, prefix in self._entries)
+        exact = [(service, prefix) for service, prefix in self._entries if prefix.level is not None]
+        self._filter = PolicyFilter(maps["policy_filter"], seed, exact)
         self.no_room = 0
 
     def installed(self) -> dict[tuple[Service, Prefix], Entry]:
@@ -188,7 +192,7 @@ class Policy:
         """Count entries before they are written, so that no written entry is ever overlooked."""
         for entry in put:
             if entry.key not in self._entries:
-                self._levels[entry.prefix.length] += 1
+                self._count(entry)
 
     def apply(self, put: Sequence[Entry], drop: Sequence[Entry]) -> None:
         """Write `put` in the given order, then remove `drop`. Call after announce() and a heartbeat."""
@@ -199,7 +203,7 @@ class Policy:
             except BpfError as error:
                 refused.append(error)
                 if entry.key not in self._entries:
-                    self._levels[entry.prefix.length] -= 1
+                    self._count_out(entry)
                 continue
             self._entries[entry.key] = entry
         if refused:
@@ -210,7 +214,17 @@ class Policy:
                 continue
             table, key = self._place(entry)
             table.delete(key)
-            self._levels[entry.prefix.length] -= 1
+            self._count_out(entry)
+
+    def _count(self, entry: Entry) -> None:
+        self._levels[entry.prefix.length] += 1
+        if entry.prefix.level is not None:
+            self._filter.add(entry.service, entry.prefix)
+
+    def _count_out(self, entry: Entry) -> None:
+        self._levels[entry.prefix.length] -= 1
+        if entry.prefix.level is not None:
+            self._filter.remove(entry.service, entry.prefix)
 
     def _write(self, entry: Entry) -> None:
         table, key = self._place(entry)

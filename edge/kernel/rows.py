@@ -32,6 +32,12 @@ def mix(x: int) -> int:
     return x ^ x >> 31
 
 
+def mixed_key(prefix: Prefix, seed: int) -> int:
+    """bpf/rows.h's mixed_key() of a prefix at a level's length."""
+    mixed = mix(prefix.hi ^ seed)
+    return mix(mixed ^ prefix.lo) if prefix.lo else mixed
+
+
 def unmix(x: np.ndarray) -> np.ndarray:
     """The inverse of mix(), for an array of uint64."""
     x = _unshift(x, 31) * np.uint64(pow(_SECOND, -1, 1 << 64))
@@ -81,9 +87,7 @@ class Rows:
         if level is None:
             raise ValueError(f"{prefix} is not at a level")
         lines = self._sizes.lines(level)
-        mixed = mix(prefix.hi ^ self._seed)
-        if level is Level.L128 and prefix.lo:
-            mixed = mix(mixed ^ prefix.lo)
+        mixed = mixed_key(prefix, self._seed)
         line = self.level(level)[mixed & (lines - 1)]
         tag = mixed & ~(lines - 1) & _U64 | service
         held = (line["tag"] ^ np.uint64(tag)) & np.uint64(~(lines - 1) & _U64 | 1) == 0

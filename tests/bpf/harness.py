@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,30 +10,12 @@ from edge.abi import LEVELS, LIMIT, STANDINGS, Level, Mode, Reason, Service, Sta
 from edge.config import Config
 from edge.core.model import Entry
 from edge.core.prefix import Prefix
-from edge.kernel import libbpf
-from edge.kernel.compile import Compiled, compile_programs, write_identity
-from edge.kernel.maps import Tables
 from edge.kernel.program import U32, Sizes
+from edge.kernel.recorded import Judged, Recorded
 
 SMALL = Sizes(rows=(4096, 4096, 4096, 4096, 4096), policy_entries=4096, policy_ranges=1024, handshakes=1024)
 SECOND = 1_000_000_000
 START_S = 1000.0
-UNTOUCHED = 0xFFFFFFFF
-"""Stands in the per-CPU verdicts of the CPUs that did not run the packet."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the program decided of one packet."""
-
-    dropped: bool
-    reason: Reason
-    length: int
-    hi: int
-    lo: int
-    service: Service
-    syn: bool
-    dport: int
 
 
 class Harness:
@@ -42,10 +23,8 @@ class Harness:
 
     def __init__(self, sizes: Sizes = SMALL) -> None:
         self.sizes = sizes
-        self.compiled: Compiled = compile_programs(sizes, pins=None, recorded=True)
-        self.program = self.compiled.programs["edge_xdp_recorded"]
-        write_identity(self.compiled.maps, sizes, 1)
-        self.tables = Tables(self.compiled.maps, sizes)
+        self.recorded = Recorded(sizes)
+        self.compiled, self.tables = self.recorded.compiled, self.recorded.tables
         self.now_s = START_S
 
     def reset(self, config: Config | None = None) -> None:
@@ -87,29 +66,10 @@ class Harness:
 
     def judge(self, frame: bytes, now_s: float | None = None) -> Judged:
         """Run one frame at a time given in seconds (default: the harness's own)."""
-        return self.judge_ns(frame, int((self.now_s if now_s is None else now_s) * SECOND))
+        return self.recorded.judge(frame, int((self.now_s if now_s is None else now_s) * SECOND))
 
     def judge_ns(self, frame: bytes, now_ns: int) -> Judged:
-        verdicts = self.compiled.maps["verdicts"]
-        given = np.zeros(verdicts.copies, verdicts.value)
-        given["now_ns"] = now_ns
-        given["reason"] = UNTOUCHED
-        verdicts.put(np.zeros(1, U32), given)
-        action, _ = libbpf.run_packet(self.program, frame)
-        found = verdicts.get(np.zeros(1, U32))
-        assert found is not None
-        row = found if found.ndim == 0 else found[found["reason"] != UNTOUCHED][0]
-        assert action == (1 if row["drop"] else 2)  # XDP_DROP, XDP_PASS
-        return Judged(
-            dropped=bool(row["drop"]),
-            reason=Reason(int(row["reason"])),
-            length=int(row["length"]),
-            hi=int(row["hi"]),
-            lo=int(row["lo"]),
-            service=Service(int(row["service"])),
-            syn=bool(row["syn"]),
-            dport=int(row["dport"]),
-        )
+        return self.recorded.judge(frame, now_ns)
 
     def counters(self) -> dict[Reason, tuple[int, int]]:
         totals = self.tables.read(self.now_s).counters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from ipaddress import IPv4Address, IPv6Address
 
+import numpy as np
 import pytest
 
 from edge.abi import Origin, Reason, Service, Standing
@@ -12,6 +13,7 @@ from edge.config import Config
 from edge.core.match import longest
 from edge.core.model import Entry
 from edge.core.prefix import Prefix, key
+from edge.kernel.program import U32
 from tests import packets as p
 from tests.bpf.harness import START_S, Harness, entry
 
@@ -163,7 +165,10 @@ def test_restarted_daemon_finds_what_was_installed(xdp: Harness) -> None:
         entry("2001:db8:1:2::9", Standing.SUSPECT),
     ]
     xdp.install(*entries)
-    found = Policy(xdp.compiled.maps)
+    identity = xdp.compiled.maps["identity"].get(np.zeros(1, U32))
+    assert identity is not None
+    found = Policy(xdp.compiled.maps, int(identity["seed"]))
+    assert xdp.judge(p.syn("2001:db8:1:2::3")).dropped
     assert {key: (e.standing, e.origin, e.expires_s) for key, e in found.installed().items()} == {
         e.key: (e.standing, e.origin, e.expires_s) for e in entries
     }
