@@ -41,6 +41,7 @@ from edge import exemptions
 from edge.abi import Level, Mode, Origin, Service, Standing
 from edge.config import Config, listen_address
 from edge.control import ControlServer
+from edge.core.forgery import Saturated
 from edge.core.match import Entries, scorable
 from edge.core.model import Decision, Entry, batch
 from edge.core.plan import plan
@@ -64,6 +65,9 @@ log = logging.getLogger(__name__)
 
 INTERFACES_EVERY_S = 2.0
 """How long a re-created interface may stay without its program; asking costs two netlink messages each."""
+
+MOST_SATURATED = 64
+"""Prefixes with a spent limit that are looked at in a tick; a forger of more networks at once thins its own flood."""
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -188,12 +192,28 @@ class Daemon:
         events = scorable(
             batch(self.sources.poll()), self.state.guard(fixed), exempt_private=self.config.exempt.private
         )
-        inputs = Inputs(events=events, delta=delta(before, self.snapshot), fixed=fixed)
+        inputs = Inputs(
+            events=events, delta=delta(before, self.snapshot), fixed=fixed, saturated=self._saturated(began_s)
+        )
         self.outcome = step(self.state, inputs, began_s, self.config.core)
         self._install(began_s)
         self._record(self.outcome.decisions)
         self.totals.last_tick_s = self.clock.now_s() - began_s
         self.totals.ticks = self.totals.ticks.with_tick(self.totals.last_tick_s)
+
+    def _saturated(self, now_s: float) -> tuple[Saturated, ...]:
+        """The /64s that have spent their limit, worst first."""
+        found = []
+        for row in self.tables.rows.furthest(Level.L64, int(now_s * 1e9), MOST_SATURATED):
+            prefix = Prefix(row.hi, 0, 64)
+            entry = self.desired.get((row.service, prefix))
+            standing = Standing.NEW if entry is None else entry.standing
+            limit = self.config.limits.of(row.service, standing, Level.L64)
+            interval_s = limit.emission_interval_ns / 1e9
+            # half a burst is used up in good times too; spent is what leaves no room for two more
+            if interval_s and row.ahead_s > limit.burst_tolerance_ns / 1e9 - 2 * interval_s:
+                found.append(Saturated(service=row.service, prefix=prefix, admits_per_s=1 / interval_s))
+        return tuple(found)
 
     def _install(self, now_s: float) -> None:
         """Make kernel and nftables hold what is wanted, by differences."""

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from edge.abi import Level, Service
+from edge.core.forgery import Forgery, ForgeryParams, Saturated, own_budgets
 from edge.core.guard import Guard
 from edge.core.ledger import Ledger, LedgerParams
 from edge.core.model import Decision, Entry, Verdict
@@ -36,6 +37,7 @@ class CoreParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     reputation: ReputationParams = ReputationParams()
     policy: PolicyParams = PolicyParams()
     ledger: LedgerParams = LedgerParams()
+    forgery: ForgeryParams = ForgeryParams()
 
 
 class State:
@@ -44,6 +46,7 @@ class State:
     def __init__(self, params: ReputationParams) -> None:
         self.reputation = Reputation(params)
         self.ledger = Ledger()
+        self.forgery = Forgery()
         self._fixed: tuple[Entry, ...] = ()
         self._guard = Guard(())
 
@@ -61,6 +64,7 @@ class Inputs:
     events: np.ndarray
     delta: Delta
     fixed: tuple[Entry, ...]
+    saturated: tuple[Saturated, ...] = ()  # prefixes whose limit is spent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,7 @@ class Counts:
     events_without_verdict: int  # this tick
     handshakes: int  # this tick: completed, as the kernel counted
     suppressed: Mapping[str, int]  # this tick, by reason
+    forged: int = 0  # /64s whose SYNs are mostly forged now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +102,14 @@ def step(state: State, inputs: Inputs, now_s: float, params: CoreParams) -> Outc
         now_s=now_s,
         params=params.policy,
     )
-    proposals = propose(view, touched)
+    forged = state.forgery.observe(inputs.saturated, inputs.delta.handshakes, inputs.delta.seconds, params.forgery)
+    proposals = propose(view, touched) + own_budgets(view, forged, params.forgery)
     applied, held = state.ledger.apply(proposals, state.reputation, now_s, params.ledger)
     suppressed = {why: view.suppressed.get(why, 0) + held.get(why, 0) for why in sorted({*view.suppressed, *held})}
     return Outcome(
         decisions=(*decisions, *applied),
         learned=MappingProxyType(state.ledger.learned),
-        counts=_count(state.reputation, inputs, suppressed),
+        counts=_count(state.reputation, inputs, suppressed, len(forged)),
     )
 
 
@@ -112,7 +118,7 @@ def adopt(state: State, entries: Iterable[Entry], now_s: float) -> None:
     state.ledger.adopt(entries, now_s)
 
 
-def _count(reputation: Reputation, inputs: Inputs, suppressed: dict[str, int]) -> Counts:
+def _count(reputation: Reputation, inputs: Inputs, suppressed: dict[str, int], forged: int) -> Counts:
     events, tables = inputs.events, reputation.tables
     shaken = events["handshake"] == 1
     return Counts(
@@ -123,4 +129,5 @@ def _count(reputation: Reputation, inputs: Inputs, suppressed: dict[str, int]) -
         events_without_verdict=int((shaken & (events["verdict"] == Verdict.NONE)).sum()),
         handshakes=int(inputs.delta.handshakes["completed"].sum()),
         suppressed=suppressed,
+        forged=forged,
     )

@@ -100,7 +100,10 @@ class Rows:
         lines = self.level(level)
         index, way = np.nonzero(lines["tat_ns"] > now_ns)
         ahead = lines["tat_ns"][index, way] - np.uint64(now_ns)
-        top = np.argsort(ahead)[::-1][:most]
+        if len(ahead) > most:  # a partition first: sorting a million live rows costs 80 ms
+            chosen = np.argpartition(ahead, -most)[-most:]
+            index, way, ahead = index[chosen], way[chosen], ahead[chosen]
+        top = np.argsort(ahead)[::-1]
         mask = np.uint64(self._sizes.lines(level) - 1)
         tags = lines["tag"][index[top], way[top]]
         keys = unmix(tags & ~mask | index[top].astype(np.uint64)) ^ np.uint64(self._seed)

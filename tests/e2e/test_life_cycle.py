@@ -171,6 +171,35 @@ def test_handshakes_are_counted_and_forged_syns_are_not(mail_host: Host) -> None
     assert handshakes("2001:db8:cafe:2::/64") == {"completed": 0, "open": 0}
 
 
+def test_good_sender_is_served_while_its_network_is_forged(mail_host: Host) -> None:
+    """Forged SYNs spend the /64's budget; its known good sender gets one of its own, and nothing is scored."""
+    h = mail_host
+    h.start()
+    with h.mail_log.open("a") as log:
+        for n in range(40):
+            log.write(
+                f"Nov 22 08:50:00 mx postfix/smtpd[12]: 4A{n:04X}: client=good.example[2001:db8:cafe:1::25]\n"
+                f"Nov 22 08:50:00 mx postfix/qmgr[13]: 4A{n:04X}: from=<a@b.example>, size=9, nrcpt=1 (queue active)\n"
+            )
+
+    def forge() -> None:
+        h.forge([f"2001:db8:cafe:1::{n:x}:1" for n in range(1, 102)])
+        time.sleep(0.05)
+
+    def own_budget() -> list[dict[str, object]]:
+        entries = h.ask("list", "--contained", "2001:db8:cafe:1::25")["entries"]
+        return [entry for entry in entries if entry["prefix"] == "2001:db8:cafe:1::25/128"]
+
+    flood = Reader(forge)
+    flood.start()
+    entry = wait(own_budget, "an entry of its own", 30)[0]
+    assert entry["standing"] == "good"
+    assert "forged" in str(entry["reason"])
+    assert all(h.connect("2001:db8:cafe:1::25") for _ in range(29))
+    flood.end()
+    assert not h.ask("list", "--standing", "block")["entries"]
+
+
 def test_detach_leaves_nothing(mail_host: Host) -> None:
     h = mail_host
     h.start()
