@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check static abi abi-check wheel clean
+.PHONY: help venv demo test check bench static abi abi-check wheel clean
 # Targets share .venv and the package manager's lock.
 .NOTPARALLEL:
 
@@ -29,6 +29,10 @@ check: ## format, lint, types, layout and the unit tests: under a minute, no roo
 	@$(SETUP) check
 	@$(MAKE) --no-print-directory static
 	$(PYTEST) -m "not root and not slow"
+
+bench: ## install what is missing, then measure beside the alternatives: minutes, in namespaces (root); ARGS=--json
+	@$(SETUP) bench
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 # What needs no test run. Expects .venv.
 static:

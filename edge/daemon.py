@@ -38,7 +38,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from sdnotify import SystemdNotifier
 
 from edge import exemptions
-from edge.abi import Level, Mode, Origin, Service, Standing
+from edge.abi import Level, Mode, Origin, Reason, Service, Standing
 from edge.config import Config, listen_address
 from edge.control import ControlServer
 from edge.core.forgery import Saturated
@@ -95,7 +95,7 @@ class Totals:
     last_tick_s: float = 0.0
     late: int = 0
     decisions: Counter[tuple[str, Standing]] = field(default_factory=Counter)
-    violations: Counter[str] = field(default_factory=Counter)
+    suppressed: Counter[str] = field(default_factory=Counter)
 
 
 class Daemon:
@@ -196,6 +196,7 @@ class Daemon:
             events=events, delta=delta(before, self.snapshot), fixed=fixed, saturated=self._saturated(began_s)
         )
         self.outcome = step(self.state, inputs, began_s, self.config.core)
+        self.totals.suppressed.update(self.outcome.counts.suppressed)
         self._install(began_s)
         self._record(self.outcome.decisions)
         self.totals.last_tick_s = self.clock.now_s() - began_s
@@ -278,7 +279,12 @@ class Daemon:
             nftables_elements=0 if nft is None else nft.elements,
             nftables_repairs=0 if nft is None else nft.repairs,
             journal_lost=self.store.lost,
-            violations=dict(self.totals.violations),
+            forged_prefixes=0 if self.outcome is None else self.outcome.counts.forged,
+            suppressed=dict(self.totals.suppressed),
+            violations={
+                "every-map-is-there": int(self.snapshot.counters[Reason.INTERNAL].sum()),
+                "policy-has-room": self.tables.policy.no_room,
+            },
         )
 
 

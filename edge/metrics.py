@@ -83,6 +83,8 @@ class Metrics:
     nftables_elements: int = 0
     nftables_repairs: int = 0
     journal_lost: int = 0
+    forged_prefixes: int = 0  # whose SYNs are mostly never completed, now
+    suppressed: Mapping[str, int] = field(default_factory=dict)  # what ceilings and guards held back: reason, total
     violations: Mapping[str, int] = field(default_factory=dict)  # invariant: how often it did not hold
 
 
@@ -171,7 +173,13 @@ def _decided(metrics: Metrics) -> Iterator[Metric]:
     decisions = _counter("edge_decisions", "Decisions of the core.", "action", "standing")
     for (action, standing), count in metrics.decisions.items():
         decisions.add_metric([action, _word(standing)], count)
-    yield from (entries, decisions)
+    suppressed = _counter("edge_suppressed", "Decisions held back by a ceiling or a guard.", "reason")
+    for reason, count in metrics.suppressed.items():
+        suppressed.add_metric([reason], count)
+    yield from (entries, decisions, suppressed)
+    yield _single(
+        _gauge("edge_forged_prefixes", "Prefixes whose SYNs are mostly never completed."), metrics.forged_prefixes
+    )
     yield _single(_gauge("edge_nftables_enabled", "1 where nftables sets are kept."), int(metrics.nftables_enabled))
     yield _single(
         _gauge("edge_nftables_in_sync", "1 when the sets held what they should."), int(metrics.nftables_in_sync)

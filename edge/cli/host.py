@@ -1,6 +1,8 @@
-"""The verbs that work on this host: load, run, detach, check-config, lab, version."""
+"""The verbs that work on this host: load, run, detach, check-config, packets, lab, version."""
 
 from __future__ import annotations
+
+import sys
 
 import click
 
@@ -73,6 +75,23 @@ def check_config(session: Session, print_defaults: bool) -> None:
 
 
 @click.command()
+@click.argument("capture", metavar="CAPTURE", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--ports", metavar="LIST|all", help="Protect these ports (25,2525) instead of the mx ports.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a packet.")
+@click.pass_obj
+def packets(session: Session, capture: str, ports: str | None, as_json: bool) -> None:
+    """Say what the program decides of every packet of a capture.
+
+    CAPTURE is a pcap or pcapng file, - for standard input. Runs as root on a private copy of program and tables, with
+    the configuration in mode enforce and the capture's own time; what a running daemon has learned is not in it.
+    """
+    config = session.logged_config()
+    from edge.packets import run as run_packets
+
+    run_packets(config, capture, ports, as_json=as_json, out=sys.stdout, err=sys.stderr)
+
+
+@click.command()
 @click.option("--mta", type=click.Choice(("auto", "postfix", "embedded")), default="auto", show_default=True)
 @click.option("--seconds", type=int, help="How long mail is sent.")
 @click.option("--keep", is_flag=True, help="Leave everything in place for a look around.")
@@ -95,4 +114,4 @@ def version() -> None:
     click.echo(installed("edge-throttler"))
 
 
-COMMANDS: tuple[click.Command, ...] = (load, run, detach, check_config, lab, version)
+COMMANDS: tuple[click.Command, ...] = (load, run, detach, check_config, packets, lab, version)

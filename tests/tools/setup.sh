@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install what a make target needs: packages of the distribution (as root, by apt-get) and .venv.
 #
-#   setup.sh venv | check | demo | test
+#   setup.sh venv | check | demo | test | bench
 #
 # It calls apt-get only when a package is missing, removes no package, starts no service, and leaves an
 # installed mail server alone. A second call only looks.
@@ -20,7 +20,7 @@ die() { say "$*"; exit 69; }
 # The packages of a target, one "name: reason" a line.
 wanted() {
     echo 'python3-venv: makes .venv'
-    case $1 in venv | demo | test)
+    case $1 in venv | demo | test | bench)
         echo 'python3-bpfcc: bcc, the compiler of the kernel programs, and libbpf'
         echo 'python3-nftables: nftables from Python'
         echo 'nftables: the nft command'
@@ -38,6 +38,19 @@ wanted() {
         mta_present || echo 'postfix: the real mail server of the end-to-end tests'
         ;;
     esac
+    # What the limiter is compared with. The benchmark says which of the last three it did not find.
+    case $1 in bench)
+        echo 'ethtool: lets a veth without XDP take redirected frames'
+        echo 'iptables: ip6tables and its hashlimit'
+        echo 'ipset: sets of networks for ip6tables'
+        ! known xdp-tools || echo 'xdp-tools: xdp-filter'
+        ;;
+    esac
+}
+
+# Whether the distribution has the package at all.
+known() {
+    [[ -n $(apt-cache policy "$1" | awk '/Candidate:/ && $2 != "(none)"') ]]
 }
 
 # Any package that provides mail-transport-agent, or a sendmail put there by hand.
@@ -94,7 +107,7 @@ apt_install() {
 apt_get() {
     local package
     for package in "$@"; do
-        if [[ -z $(apt-cache policy "$package" | awk '/Candidate:/ && $2 != "(none)"') ]]; then
+        if ! known "$package"; then
             say 'apt-get update: the package lists are missing or old'
             apt-get -q update >&2
             apt_install "$@"
@@ -147,7 +160,8 @@ packages() {
 
 packages_without_apt() {
     local rhel='python3.11 python3-bcc python3-nftables nftables iproute'
-    [[ $1 == venv || $1 == demo ]] || rhel+=' gcc glibc-devel'
+    [[ $1 != check && $1 != test ]] || rhel+=' gcc glibc-devel'
+    [[ $1 != bench ]] || rhel+=' ethtool iptables ipset xdp-tools'
     [[ $1 != test ]] || rhel+=' prometheus, and postfix where no mail server is installed'
     say "no apt-get here, so nothing is installed; needed on a RHEL-like system (dnf install): $rhel"
 }
@@ -191,9 +205,9 @@ venv() {
 main() {
     case ${1-} in
     venv | check) ;;
-    demo | test) [[ $(id -u) == 0 ]] || die "make $1 loads kernel programs and makes network namespaces: run it as root" ;;
+    demo | test | bench) [[ $(id -u) == 0 ]] || die "make $1 loads kernel programs and makes network namespaces: run it as root" ;;
     *)
-        say 'usage: setup.sh venv|check|demo|test'
+        say 'usage: setup.sh venv|check|demo|test|bench'
         exit 64
         ;;
     esac
