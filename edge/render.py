@@ -83,7 +83,13 @@ def status(out: Console, answer: Answer) -> None:
     ]
     _print(out, ("Rows", "active", "capacity", "used"), rows, right=(1, 2, 3))
     sources = [
-        (s["name"], f"{s['events']:,}", f"{s['errors']:,}", f"{s['dropped']:,}", _ago(s.get("last_event_age_s")))
+        (
+            s["name"],
+            f"{s['events']:,}",
+            f"{s['errors']:,}",
+            f"{s['dropped']:,}",
+            s.get("trouble") or _ago(s.get("last_event_age_s")),
+        )
         for s in answer.get("evidence") or ()
     ]
     _print(out, ("Evidence", "events", "refused", "dropped", "last"), sources, right=(1, 2, 3, 4))
@@ -126,7 +132,8 @@ def explain(out: Console, answer: Answer) -> None:
         if entry:
             standing = _styled(str(entry.get("standing")))
             seconds = entry.get("expires_in_s")
-            lasts = "until undone" if seconds is None else f"for another {_span(seconds)}"
+            endless = "by configuration" if entry.get("origin") == "exempt" else "until undone"
+            lasts = endless if seconds is None else f"for another {_span(seconds)}"
             rest = f" ({entry.get('origin')}) {lasts}: {entry.get('reason')}"
             _say(out, _text(f"{level.get('prefix')}: ") + standing + _text(rest))
         if level.get("outlook"):
@@ -149,6 +156,9 @@ def changed(out: Console, answer: Answer, what: str) -> None:
     _say(out, _text(what if answer.get("changed") else f"nothing to do: {what}"))
     if answer.get("entries"):
         entries(out, answer)
+    for entry in answer.get("removed") or ():
+        gone = f"removed: {entry.get('prefix')}, service {entry.get('service')}, {entry.get('origin')}"
+        _say(out, _text(f"{gone}: {entry.get('reason')}"))
     if answer.get("still_blocked_by"):
         _say(out, _text("still blocked by " + ", ".join(answer["still_blocked_by"])))
 
@@ -231,7 +241,7 @@ def _handshakes(counted: Answer) -> str:
 def _verdict(verdict: Answer) -> Text:
     text = _styled(str(verdict.get("action", "?")))
     reason, prefix = verdict.get("reason"), verdict.get("prefix")
-    return text + _text((f", {reason}" if reason else "") + (f" of {prefix}" if prefix else ""))
+    return text + _text((f" by {prefix}" if prefix else "") + (f": {reason}" if reason else ""))
 
 
 def _nftables(nft: Answer) -> str:

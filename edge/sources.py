@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from edge.evidence.postfix_log import PostfixLog
 from edge.evidence.socket import EventSocket
 from edge.evidence.stats import SourceStats
 from edge.evidence.tail import Tail, TailSource
+
+log = logging.getLogger(__name__)
 
 
 class Sources:
@@ -29,12 +33,18 @@ class Sources:
             )
             for number, path in enumerate(logs, 1)
         ]
+        self._paths = {tail.stats().name: path for tail, path in zip(self._tails, logs, strict=True)}
         decoder = JsonLines(mx_ports=config.services.mx, submission_ports=config.services.submission)
         path = evidence.socket.path
         self._socket = EventSocket(Path(path), evidence.socket, now_s, decoder=decoder) if path else None
 
     async def start(self) -> None:
-        """Listen on the event socket."""
+        """Listen on the event socket; say which logs are not there, since without evidence nothing is learned."""
+        for name in self._paths:
+            trouble = self.trouble(name)
+            if trouble is not None:
+                remedy = "name the mail log in [evidence.postfix] logs, let rsyslog or Postfix's maillog_file write one"
+                log.warning("no evidence from Postfix", extra={"fields": {"because": trouble, "remedy": remedy}})
         if self._socket is not None:
             await self._socket.start()
 
@@ -44,6 +54,13 @@ class Sources:
             tail.close()
         if self._socket is not None:
             await self._socket.stop()
+
+    def trouble(self, name: str) -> str | None:
+        """Why a source cannot give any evidence now, in words; None when it can."""
+        path = self._paths.get(name)
+        if path is None or os.access(path, os.R_OK):
+            return None
+        return f"{path} is unreadable" if os.access(path, os.F_OK) else f"no {path}"
 
     def poll(self) -> list[Event]:
         """Events since the last call, in order of arrival."""

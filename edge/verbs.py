@@ -105,6 +105,7 @@ class Verbs:
                     "errors": stats.errors,
                     "dropped": stats.dropped,
                     "last_event_age_s": None if stats.last_event_s is None else now_s - stats.last_event_s,
+                    "trouble": daemon.sources.trouble(stats.name),
                 }
                 for stats in daemon.sources.stats()
             ],
@@ -137,14 +138,18 @@ class Verbs:
             "service": service.name.lower(),
             "verdict": self._verdict(prefix, service, now_s),
             "levels": [self._with_kernel(row, service, now_s) for row in answer["levels"]],
-            "history": [_history(row) for row in daemon.store.journal(prefix, limit=HISTORY_ROWS)],
+            "history": [
+                _history(row)
+                for row in daemon.store.journal(prefix, limit=HISTORY_ROWS * len(Service))
+                if row.service is service
+            ][:HISTORY_ROWS],
         }
 
     def _verdict(self, prefix: Prefix, service: Service, now_s: float) -> Answer:
         """What the kernel does with a SYN from there now: pass, limit or block."""
         daemon = self._daemon
         if daemon.config.exempt.private and is_private(prefix):
-            return {"action": "pass", "reason": "exempt: private or local source", "prefix": str(prefix)}
+            return {"action": "pass", "reason": "exempt, a private or local source", "prefix": None}
         entry = longest(daemon.desired, service, prefix)
         suffix = "" if daemon.config.mode == "enforce" else " (observe: counted, not refused)"
         if entry is not None and refuses(entry):
@@ -160,8 +165,9 @@ class Verbs:
                 continue
             at = prefix.parent(length)
             return {"action": "limit", "reason": f"rate limit at {at} is used up{suffix}", "prefix": str(at)}
-        reason = "no entry: static limits only" if entry is None else entry.reason
-        return {"action": "pass", "reason": reason, "prefix": str(prefix if entry is None else entry.prefix)}
+        if entry is None:
+            return {"action": "pass", "reason": "no entry, static limits only", "prefix": None}
+        return {"action": "pass", "reason": entry.reason, "prefix": str(entry.prefix)}
 
     def _with_kernel(self, row: Answer, service: Service, now_s: float) -> Answer:
         """A level's row of the core with what the kernel knows of it."""
@@ -267,7 +273,7 @@ class Verbs:
         over = [e for s in _services(request) for e in matches(daemon.desired, s, prefix) if refuses(e)]
         return {
             "changed": bool(gone or released),
-            "entries": [self._entry(entry) for entry in (*gone, *released)],
+            "removed": [self._entry(entry) for entry in (*gone, *released)],
             "still_blocked_by": [str(entry.prefix) for entry in over] if standing is Standing.BLOCK else [],
         }
 

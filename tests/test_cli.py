@@ -224,7 +224,7 @@ def test_explain_for_people(daemon: Daemon, capsys: pytest.CaptureFixture[str]) 
     assert main(["explain", "2001:db8:7::1"]) == 0
     out = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[0] == "2001:db8:7::1, service mx: block, 17 of 17 deliveries refused of 2001:db8:7::/64"
+    assert lines[0] == "2001:db8:7::1, service mx: block by 2001:db8:7::/64: 17 of 17 deliveries refused"
     assert "2001:db8:7::/64: block (learned) for another 9 min 50 s: 17 of 17 deliveries refused" in lines
     assert "2001:db8:7::/64: 5 good deliveries release it" in lines
     assert "/64 17 0.25 17 3.2 s ago 0.5 from /48 0.93 0.87 0/0" in lines

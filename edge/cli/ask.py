@@ -107,7 +107,9 @@ def _put(verb: str, text: str) -> click.Command:
         socket: Path | None,
         as_json: bool,
     ) -> None:
-        if verb == "block" and ":" in prefix and "/" not in prefix:
+        from edge.core.prefix import Prefix
+
+        if verb == "block" and Prefix.parse(prefix).length == 128:
             click.echo(f"note: {prefix} is one of 2^64 addresses of its /64; its owner can take another", err=True)
         answer = _ask(session, socket, verb, prefix=prefix, service=service, for_s=for_s, reason=reason)
         _show_change(answer, as_json, f"{prefix}: {verb}, service {service}")
@@ -115,10 +117,10 @@ def _put(verb: str, text: str) -> click.Command:
     return put
 
 
-def _drop(verb: str, undone: str) -> click.Command:
+def _drop(verb: str, help_text: str) -> click.Command:
     """`unblock` or `unallow`."""
 
-    @click.command(name=verb, help=f"Take back an operator's {undone} of a prefix.")
+    @click.command(name=verb, help=help_text)
     @click.argument("prefix", callback=prefix_text)
     @_service
     @_asks
@@ -165,7 +167,7 @@ COMMANDS: tuple[click.Command, ...] = (
     explain,
     list_,
     _put("block", "Refuse new connections from a prefix."),
-    _drop("unblock", "block"),
+    _drop("unblock", "Take back an operator's block of a prefix, and end a learned one at just this prefix."),
     _put("allow", "Never limit or refuse a prefix."),
-    _drop("unallow", "allow"),
+    _drop("unallow", "Take back an operator's allow of a prefix."),
 )

@@ -71,7 +71,8 @@ def check_config(session: Session, print_defaults: bool) -> None:
     path = session.config_path or DEFAULT_PATH
     for warning in warnings(config):
         click.echo(f"{path}: warning: {warning}", err=True)
-    click.echo(f"{path}: usable, mode {config.mode}" if path.exists() else f"{path}: not there, defaults apply")
+    there = session.config_path is not None or path.exists()
+    click.echo(f"{path}: usable, mode {config.mode}" if there else f"{path}: not there, defaults apply")
 
 
 @click.command()

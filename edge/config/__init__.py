@@ -34,13 +34,13 @@ def load(path: Path | None) -> Config:
 
     None reads /etc/edge/edge.toml when it is there, and gives the defaults (which refuse nothing) when it is not.
     """
-    if path is None and not DEFAULT_PATH.exists():
-        return Config()
-    path = path or DEFAULT_PATH
+    given, path = path, path or DEFAULT_PATH
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
     except OSError as error:
+        if given is None and isinstance(error, FileNotFoundError):
+            return Config()
         raise ConfigError(f"{path}: expected a readable file, found: {error.strerror}") from error
     if len(content) > LARGEST_BYTES:
         raise ConfigError(f"{path}: expected at most {LARGEST_BYTES} bytes, found more")

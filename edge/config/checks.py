@@ -5,6 +5,7 @@ Each check yields problems; warnings leave the configuration usable.
 
 from __future__ import annotations
 
+import grp
 import re
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -192,6 +193,8 @@ def _sockets(config: Config) -> Iterator[Problem]:
     if config.control.socket == config.evidence.socket.path:
         expected = "another path than evidence.socket.path"
         yield Problem(key="control.socket", expected=expected, found=shown(config.control.socket))
+    if config.control.group and config.control.group not in {group.gr_name for group in grp.getgrall()}:
+        yield Problem(key="control.group", expected="a group of this host", found=shown(config.control.group))
 
 
 def _lifetimes(config: Config) -> Iterator[Problem]:

@@ -73,7 +73,7 @@ def run(*, mta: str = "auto", json_output: bool = False, keep: bool = False, sec
             with _lab(progress, keep=keep) as lab:
                 result, explanation = lab.show(mta, length_s)
         except KeyboardInterrupt:
-            progress.say("interrupted; everything the lab made is removed")
+            progress.say("interrupted" + ("" if keep else "; everything the lab made is removed"))
             return 128 + stop.number
     if json_output:
         print(json.dumps(result.as_json(), indent=2))  # noqa: T201 - the promised output
@@ -91,7 +91,7 @@ class _Stop:
 
 @contextmanager
 def _stoppable() -> Iterator[_Stop]:
-    """SIGTERM ends the lab the way Ctrl-C does, so that there is one way out, through the removal."""
+    """SIGTERM and a lost terminal end the lab the way Ctrl-C does: there is one way out, through the removal."""
     stop = _Stop()
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
@@ -99,7 +99,11 @@ def _stoppable() -> Iterator[_Stop]:
         signal.raise_signal(signal.SIGINT)
 
     # A shell that starts the lab in the background has SIGINT ignored; SIGTERM must work even then.
-    handlers = {signal.SIGTERM: interrupt, signal.SIGINT: signal.default_int_handler}
+    handlers = {
+        signal.SIGTERM: interrupt,
+        signal.SIGHUP: interrupt,
+        signal.SIGINT: signal.default_int_handler,
+    }
     with _handled(handlers):
         yield stop
 
@@ -115,8 +119,10 @@ def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_UNSTOPPABLE: Mapping[signal.Signals, Handler] = {signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN}
-"""While things are removed Ctrl-C and SIGTERM change nothing: removal is quick and must be whole."""
+_UNSTOPPABLE: Mapping[signal.Signals, Handler] = dict.fromkeys(
+    (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), signal.SIG_IGN
+)
+"""While things are removed Ctrl-C and its like change nothing: removal is quick and must be whole."""
 
 
 @contextmanager
