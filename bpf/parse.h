@@ -31,6 +31,10 @@
 #define NEXT_AH 51
 #define NEXT_DESTINATION 60
 
+/* Ports and flags. A first fragment may end here (they come in multiples of 8 bytes) and still become a
+ * connection, so the rest of the header is not waited for. */
+#define TCP_JUDGED_BYTES 16
+
 #define TCP_SYN 0x02
 #define TCP_ACK 0x10
 
@@ -93,7 +97,7 @@ INLINE int parse_tcp(const void *cursor, const void *end, __u64 left, int fragme
 {
 	const struct tcp_header *tcp = cursor;
 
-	if (left < sizeof(*tcp) || (const void *)(tcp + 1) > end)
+	if (left < TCP_JUDGED_BYTES || cursor + TCP_JUDGED_BYTES > end)
 		return fragment ? REASON_FRAGMENT : REASON_TRUNCATED;
 	if ((tcp->flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return REASON_NOT_SYN;
@@ -175,13 +179,14 @@ INLINE int parse_ipv6(const void *cursor, const void *end, struct packet *packet
 {
 	const struct ipv6_header *ip = cursor;
 	__u64 payload_length;
+	int parsed;
 
 	if ((const void *)(ip + 1) > end)
 		return REASON_TRUNCATED;
 	if (FROM_BE32(ip->version_flow) >> 28 != 6)
 		return REASON_MALFORMED;
 	payload_length = FROM_BE16(ip->payload_length);
-	/* 0 stands for a jumbogram (RFC 2675) or BIG TCP: the frame's own end then bounds it. */
+	/* 0 may stand for a jumbogram (RFC 2675) or BIG TCP: the frame's own end then bounds it. */
 	if (payload_length == 0)
 		payload_length = 0xffff;
 	packet->ipv4 = 0;
@@ -189,7 +194,11 @@ INLINE int parse_ipv6(const void *cursor, const void *end, struct packet *packet
 	packet->source_lo = address_half(ip->source + 2);
 	packet->destination_hi = address_half(ip->destination);
 	packet->destination_lo = address_half(ip->destination + 2);
-	return parse_chain(ip + 1, end, payload_length, ip->next_header, 0, packet);
+	parsed = parse_chain(ip + 1, end, payload_length, ip->next_header, 0, packet);
+	/* Without a hop-by-hop header 0 means empty, and Linux cuts off what follows. */
+	if (parsed == PARSED_SYN && !ip->payload_length && ip->next_header != NEXT_HOP_BY_HOP)
+		return REASON_TRUNCATED;
+	return parsed;
 }
 
 /* A reason, or PARSED_SYN with `packet` filled. */

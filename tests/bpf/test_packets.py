@@ -95,6 +95,10 @@ WAYS: dict[str, tuple[bytes, Reason]] = {
         p.ethernet(p.ipv6(A, p.fragment(p.TCP, p.tcp(), more=True), following=p.FRAGMENT)),
         Reason.CONFORMING,
     ),
+    "first fragment of 16 bytes of tcp": (
+        p.ethernet(p.ipv6(A, p.fragment(p.TCP, p.tcp()[:16], more=True), following=p.FRAGMENT)),
+        Reason.CONFORMING,
+    ),
     "first fragment without tcp": (
         p.ethernet(p.ipv6(A, p.fragment(p.TCP, p.tcp()[:8], more=True), following=p.FRAGMENT)),
         Reason.FRAGMENT,
@@ -121,7 +125,12 @@ WAYS: dict[str, tuple[bytes, Reason]] = {
         p.ethernet(p.ipv6(A, p.tcp(), length=12)),
         Reason.TRUNCATED,
     ),
-    "payload length 0": (p.ethernet(p.ipv6(A, p.tcp(), length=0)), Reason.CONFORMING),
+    "payload length 0": (p.ethernet(p.ipv6(A, p.tcp(), length=0)), Reason.TRUNCATED),
+    "payload length 0 and no syn": (p.ethernet(p.ipv6(A, p.tcp(flags=p.ACK), length=0)), Reason.NOT_SYN),
+    "payload length 0 with hop by hop": (
+        p.ethernet(p.ipv6(A, p.extension(p.TCP, p.tcp()), following=p.HOP_BY_HOP, length=0)),
+        Reason.CONFORMING,
+    ),
     "loopback source": (p.syn("::1"), Reason.EXEMPT),
     "link-local source": (p.syn("fe80::5"), Reason.EXEMPT),
     "ula source": (p.syn("fd00::5"), Reason.EXEMPT),
@@ -148,8 +157,9 @@ def test_every_reason_of_the_parser_is_covered() -> None:
 
 @pytest.mark.parametrize("name", ["ipv6 syn", "qinq", "ah", "ipv4 behind ah", "eight headers", "routing header"])
 def test_truncation_at_every_byte_passes(xdp: Harness, name: str) -> None:
+    """16 bytes of TCP show ports and flags, and are judged."""
     frame, _ = WAYS[name]
-    for length in range(14, len(frame)):
+    for length in range(14, len(frame) - 4):
         judged = xdp.judge(frame[:length])
         assert not judged.dropped
         assert judged.reason in (Reason.TRUNCATED, Reason.NOT_IP), length

@@ -25,6 +25,7 @@ wanted() {
         echo 'python3-nftables: nftables from Python'
         echo 'nftables: the nft command'
         echo 'iproute2: ip, for interfaces and namespaces'
+        libpcap_present || echo 'libpcap0.8: reads captures for edge packets'
         ;;
     esac
     case $1 in check | test)
@@ -35,6 +36,7 @@ wanted() {
     case $1 in test)
         echo 'prometheus: promtool, and the scrape test'
         echo 'python3-apt: what Ansible drives apt with'
+        echo 'tshark: the decoder that edge packets is compared with'
         mta_present || echo 'postfix: the real mail server of the end-to-end tests'
         ;;
     esac
@@ -51,6 +53,11 @@ wanted() {
 # Whether the distribution has the package at all.
 known() {
     [[ -n $(apt-cache policy "$1" | awk '/Candidate:/ && $2 != "(none)"') ]]
+}
+
+# By the library: its package has another name since Debian 13 and Ubuntu 24.04, and answers to the old one.
+libpcap_present() {
+    PATH=$PATH:/sbin:/usr/sbin ldconfig -p | grep -E 'libpcap\.so\.(0\.8|1) ' >/dev/null
 }
 
 # Any package that provides mail-transport-agent, or a sendmail put there by hand.
@@ -149,6 +156,9 @@ packages() {
     if [[ " ${names[*]} " == *' postfix '* ]]; then
         echo 'postfix postfix/main_mailer_type select No configuration' | debconf-set-selections
     fi
+    if [[ " ${names[*]} " == *' tshark '* ]]; then
+        echo 'wireshark-common wireshark-common/install-setuid boolean false' | debconf-set-selections
+    fi
     apt_get "${names[@]}"
     policy_remove
     flock -u 9
@@ -159,10 +169,10 @@ packages() {
 }
 
 packages_without_apt() {
-    local rhel='python3.11 python3-bcc python3-nftables nftables iproute'
+    local rhel='python3.11 python3-bcc python3-nftables nftables iproute libpcap'
     [[ $1 != check && $1 != test ]] || rhel+=' gcc glibc-devel'
     [[ $1 != bench ]] || rhel+=' ethtool iptables ipset xdp-tools'
-    [[ $1 != test ]] || rhel+=' prometheus, and postfix where no mail server is installed'
+    [[ $1 != test ]] || rhel+=' wireshark-cli prometheus, and postfix where no mail server is installed'
     say "no apt-get here, so nothing is installed; needed on a RHEL-like system (dnf install): $rhel"
 }
 
