@@ -24,7 +24,8 @@ class Belief:
     good_children: float
     events: int
     last_s: float | None
-    traffic: float
+    last_good_s: float | None  # last event with good weight
+    hourly: float  # bad weight over about the last hour
     prior_mean: float
     prior_weight: float
     prior_bound: float  # the company is bad with confidence at least this

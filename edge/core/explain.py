@@ -15,7 +15,7 @@ from edge.core.belief import Belief, with_more_bad
 from edge.core.model import Entry
 from edge.core.prefix import LENGTHS, Prefix
 from edge.core.reputation import Reputation
-from edge.core.rules import PolicyParams, is_block_worthy, needed_children
+from edge.core.rules import PolicyParams, has_few_bad, is_block_worthy, may_block, needed_children
 from edge.core.step import CoreParams, State
 
 _FORECAST_MOST = 256
@@ -112,19 +112,34 @@ def _forecast(
         return "no record is kept at this length"
     if prefix.length < 64:
         return _forecast_parent(reputation, belief, prefix, service, now_s, params.policy)
-    if prefix.length == 128 and reputation.standing(service, prefix.parent(64), now_s).good_children < 0.5:
-        return "judged by its /64: nobody in it is known to be good"
-    return _forecast_unit(belief, prefix, params)
-
-
-def _forecast_unit(belief: Belief, prefix: Prefix, params: CoreParams) -> str:
-    weight = params.policy.address_weight if prefix.length == 128 else params.policy.block_weight
+    if service is Service.SUBMISSION and not may_block(service, belief, now_s, params.policy):
+        return "limited at most: on the submission ports only an attack without any login is blocked"
+    more = _more_until_block(belief, prefix, params)
+    whence = ""
+    if prefix.length == 128:
+        around = reputation.standing(service, prefix.parent(64), now_s)
+        if around.good_children < 0.5:
+            if around.bad_children >= 0.5 and not has_few_bad(prefix.parent(64), around, params.policy):
+                return "judged by its /64: nobody in it is known to be good"
+            more = max(more, _more_until_block(around, prefix.parent(64), params))
+    elif not prefix.ipv4:
+        whence = " from new addresses"
+        more = max(more, round(params.policy.addresses_64 - belief.bad_children))
     size = f"/{prefix.network.prefixlen}"
+    if more > _FORECAST_MOST:
+        return f"more than {_FORECAST_MOST} rejected deliveries in a row would block this {size}"
+    return (
+        f"{more} more rejected {'delivery' if more == 1 else 'deliveries'}{whence} block{'s' * (more == 1)} this {size}"
+    )
+
+
+def _more_until_block(belief: Belief, prefix: Prefix, params: CoreParams) -> int:
+    """Rejected deliveries in a row until a unit or address is bad enough; one more than the most that is looked at."""
+    weight = params.policy.address_weight if prefix.length == 128 else params.policy.block_weight
     for more in range(1, _FORECAST_MOST + 1):
         if is_block_worthy(with_more_bad(belief, float(more), params.reputation.confidence_z), weight, params.policy):
-            plural = "delivery blocks" if more == 1 else "deliveries block"
-            return f"{more} more rejected {plural} this {size}"
-    return f"more than {_FORECAST_MOST} rejected deliveries in a row would block this {size}"
+            return more
+    return _FORECAST_MOST + 1
 
 
 def _forecast_parent(

@@ -3,6 +3,7 @@
 Invariants:
     hole-outlives-block: a hole never expires before the block it pierces.
     nothing-pierces-by-accident: when a block opens, lesser entries inside it that are not holes close.
+    full-ledger-still-blocks: where there is no room, what is needed least gives way to a block, a hole never.
     lifetime-doubles-and-is-capped: each relapse doubles the lifetime of a block, up to its level's cap.
     changes-are-capped: never more than the ceiling of openings in one tick; every one held back is counted.
     ledger-is-bounded: entries, and the history of ended blocks, have a fixed most.
@@ -70,7 +71,10 @@ class LedgerParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     good_covered: Annotated[
         float,
         msgspec.Meta(
-            ge=0, le=1, description="most of the last day's good weight that blocks in force may cover, as a share"
+            ge=0,
+            le=1,
+            description="most of the last day's good weight that blocks shorter than /64 (IPv4 /32) may cover, as a "
+            "share",
         ),
     ] = 0.02
     good_covered_least: Annotated[
@@ -78,7 +82,12 @@ class LedgerParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         msgspec.Meta(ge=0, le=1e6, description="good weight they may cover in any case, so that a quiet host can act"),
     ] = 10.0
     entries: Annotated[
-        int, msgspec.Meta(ge=16, le=1 << 22, description="learned entries in force; new ones are held back beyond it")
+        int,
+        msgspec.Meta(
+            ge=16,
+            le=1 << 22,
+            description="learned entries in force; beyond it a new block takes the place of what is needed least",
+        ),
     ] = 65536
     history: Annotated[
         int, msgspec.Meta(ge=16, le=1 << 22, description="ended blocks remembered; the oldest are forgotten first")
@@ -92,6 +101,7 @@ class Past:
     relapses: int
     lifetime_s: float
     ended_s: float | None
+    children: float = 0.0  # distinct bad ones it was for
 
 
 class Ledger:
@@ -105,6 +115,8 @@ class Ledger:
         self._inside: dict[Key, set[Key]] = {}
         self._covered: dict[Key, float] = {}
         self._pushes = 0
+        self._spare: list[Entry] = []  # candidates for making room, as of `_spare_at`, the next one last
+        self._spare_at = float("-inf")
 
     def entry(self, service: Service, prefix: Prefix) -> Entry | None:
         """The learned entry at exactly this prefix."""
@@ -162,10 +174,13 @@ class Ledger:
                 continue
             if self._is_fresh(key, proposal.standing, now_s, p):
                 continue
-            hit = _traffic_hit(proposal, reputation, now_s) if proposal.standing is Standing.BLOCK else 0.0
+            hit = _good_hit(proposal, reputation, now_s) if proposal.standing is Standing.BLOCK else 0.0
             most = max(p.good_covered_least, p.good_covered * reputation.good_traffic(proposal.service, now_s))
             covered = totals.get(proposal.service, 0.0) - self._covered.get(key, 0.0) + hit
             why = self._held_back(proposal, opened, hit > 0 and covered > most, p)
+            if why == "entries" and proposal.standing is Standing.BLOCK:
+                done += self._make_room(key, proposal, now_s, p)
+                why = self._held_back(proposal, opened, False, p)
             if why is not None:
                 held[why] = held.get(why, 0) + 1
                 continue
@@ -189,6 +204,13 @@ class Ledger:
     def release(self, entry: Entry, now_s: float, why: str) -> Decision:
         """End an entry in force at somebody's word."""
         return self._close(entry, now_s, why)
+
+    def blamed(self, key: Key, now_s: float, p: LedgerParams) -> float:
+        """Distinct bad children of the last block of a prefix; 0 when there was none that counts as history."""
+        past = self.past.get(key)
+        if past is None or (past.ended_s is not None and now_s - past.ended_s > p.relapse_s):
+            return 0.0
+        return past.children
 
     def lifetime(self, key: Key, reputation: Reputation, now_s: float, p: LedgerParams) -> tuple[int, float]:
         """Relapses so far and the lifetime, in seconds, of a block that would open now."""
@@ -225,11 +247,34 @@ class Ledger:
         """The ceiling this change would break, if any."""
         if opened + 1 + len(proposal.holes) > p.changes:
             return "changes"
-        if len(self.learned) + 1 + len(proposal.holes) > p.entries:
-            return "entries"
         if covers_much:
             return "good_covered"
+        if self._lacks(proposal, p) > 0:
+            return "entries"
         return None
+
+    def _lacks(self, proposal: Proposal, p: LedgerParams) -> int:
+        """Entries too many in force for this change."""
+        keys = [(proposal.service, prefix) for prefix in (proposal.prefix, *(hole for hole, _ in proposal.holes))]
+        return len(self.learned) + sum(key not in self.learned for key in keys) - p.entries
+
+    def _make_room(self, key: Key, proposal: Proposal, now_s: float, p: LedgerParams) -> list[Decision]:
+        """End what is needed least and is no hole, nearest its end first, so that a block has room.
+
+        Limits and favours go before trials, these before blocks, first offences among them first, and wide ones last.
+        """
+        keep = {(proposal.service, hole) for hole, _ in proposal.holes} | {key}
+        done: list[Decision] = []
+        if self._spare_at != now_s:  # sorted once a tick, however many ask
+            self._spare_at = now_s
+            self._spare = sorted(self.learned.values(), key=_needed_least, reverse=True)
+        while self._spare and self._lacks(proposal, p) > 0:
+            entry = self._spare.pop()
+            above = self.over(*entry.key)
+            is_hole = above is not None and above.standing is Standing.BLOCK
+            if self.learned.get(entry.key) is entry and not is_hole and entry.key not in keep:
+                done.append(self._close(entry, now_s, "room for a block"))
+        return done
 
     def _open(self, proposal: Proposal, reputation: Reputation, now_s: float, p: LedgerParams) -> list[Decision]:
         key = proposal.service, proposal.prefix
@@ -248,15 +293,16 @@ class Ledger:
             relapses, lifetime = self.lifetime(key, reputation, now_s, p)
             if relapses:
                 reputation.note(*key, "relapsed", now_s)
-            self._remember(key, Past(relapses, lifetime, None), p)
+            self._remember(key, Past(relapses, lifetime, None, proposal.belief.bad_children), p)
         expires = now_s + lifetime
-        done = self._holes(proposal, expires + lifetime, now_s)  # also over the trial that follows
+        done = self._holes(proposal, expires, lifetime, now_s)
         done.append(self._put(key, Standing.BLOCK, expires, proposal.reason, now_s, proposal))
         return done
 
-    def _holes(self, proposal: Proposal, expires: float, now_s: float) -> list[Decision]:
-        """Open or extend the holes of a block, and close what would pierce it by accident."""
+    def _holes(self, proposal: Proposal, until_s: float, trial_s: float, now_s: float) -> list[Decision]:
+        """Open or extend the holes of a block, also over its trial, and close what would pierce it by accident."""
         done: list[Decision] = []
+        expires = until_s + trial_s
         key = proposal.service, proposal.prefix
         wanted = {(proposal.service, child): standing for child, standing in proposal.holes}
         for child, standing in wanted.items():
@@ -268,9 +314,15 @@ class Ledger:
             if entry.standing is Standing.GOOD or child in wanted:
                 if entry.expires_s is not None and entry.expires_s < expires:
                     self._install(replace(entry, expires_s=expires), now_s)
-            elif entry.standing is not Standing.BLOCK:
+            elif entry.standing is not Standing.BLOCK or self._is_needless(entry, key, until_s):
                 done.append(self._close(entry, now_s, f"inside blocked {key[1]}"))
         return done
+
+    def _is_needless(self, entry: Entry, above: Key, until_s: float) -> bool:
+        """Whether a block says nothing that the one above it does not say until then, nor lies in a hole of it."""
+        over = self.over(*entry.key)
+        in_hole = over is not None and over.key != above and over.standing is not Standing.BLOCK
+        return not in_hole and entry.expires_s is not None and entry.expires_s <= until_s
 
     def _put(
         self, key: Key, standing: Standing, expires: float, reason: str, now_s: float, source: Proposal | None = None
@@ -345,7 +397,19 @@ class Ledger:
         return decision
 
 
-def _traffic_hit(proposal: Proposal, reputation: Reputation, now_s: float) -> float:
-    """Recent good weight a block would refuse: that of the prefix less that of its holes."""
-    holes = sum(reputation.standing(proposal.service, hole, now_s).traffic for hole, _ in proposal.holes)
-    return max(0.0, proposal.belief.traffic - holes)
+def _needed_least(entry: Entry) -> tuple[int, bool, float, Service, Prefix]:
+    """The order in which entries make room for others."""
+    rank = {Standing.BAD: 1, Standing.BLOCK: 2}.get(entry.standing, 0)
+    return rank, entry.prefix.length < 64, entry.expires_s or 0.0, entry.service, entry.prefix
+
+
+def _good_hit(proposal: Proposal, reputation: Reputation, now_s: float) -> float:
+    """Good weight of bystanders a block would refuse: what is remembered of the prefix less that of its holes.
+
+    What a unit itself sent is no bystander's: it stands in the belief the unit was judged by. Were it counted, a sender
+    could buy itself out of being blocked; as he could below a /48 if it were remembered without a most.
+    """
+    if proposal.prefix.length >= 64:
+        return 0.0
+    holes = sum(reputation.weights(proposal.service, hole, now_s, "good")[0] for hole, _ in proposal.holes)
+    return max(0.0, proposal.belief.good - holes)

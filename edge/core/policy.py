@@ -1,15 +1,19 @@
 """The rules: from what is believed of a prefix to what should be done about it.
 
-The unit is the IPv6 /64 and the IPv4 /32. A /64 that also holds somebody good is judged address by address. A shorter
-prefix is blamed for distinct bad children, never for one; the good among them become holes. Nothing here knows what
-is installed beyond the entries it is shown, and nothing here changes state: `propose` says what should be, and the
-ledger decides how much of it happens in one tick.
+The unit is the IPv6 /64 and the IPv4 /32. A /64 that also holds somebody good, or hardly anybody bad, is judged address
+by address. On the submission ports only attacks are blocked. A shorter prefix is blamed for distinct bad children,
+never for one; the good among them become holes. Nothing here knows what is installed beyond the entries it is shown,
+and nothing here changes state: `propose` says what should be, and the ledger decides how much of it happens in one
+tick.
 
 Invariants:
     good-neighbour-is-never-blocked: a block that covers a known good child carries a hole for it.
     one-bad-child-blames-no-parent: a /56 falls for a single bad /64 only in a network that has shown its /56s to be
         single customers; a /48, /32 or IPv4 /24 never does.
+    same-few-blame-a-parent-once: after a block of a shorter prefix, those it was for do not bring it back alone,
+        unless the company around it is bad too.
     floor-holds: nothing shorter than the floor is proposed for blocking.
+    office-is-not-shut-out: no prefix from which somebody has logged in is blocked for submission.
     little-evidence-little-action: without bad evidence of its own nothing is proposed against a prefix.
 """
 
@@ -26,7 +30,7 @@ from edge.core.guard import ALLOWING, Guard
 from edge.core.model import Entry
 from edge.core.prefix import LENGTHS, Prefix
 from edge.core.reputation import Reputation, Touched
-from edge.core.rules import PolicyParams, is_block_worthy, needed_children, rotates
+from edge.core.rules import PolicyParams, has_few_bad, is_block_worthy, may_block, needed_children, rotates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ class View:
     reputation: Reputation
     entry: Callable[[Service, Prefix], Entry | None]  # the learned entry at exactly this prefix
     over: Callable[[Service, Prefix], Entry | None]  # the longest learned entry of a shorter prefix
+    blamed: Callable[[Service, Prefix], float]  # bad children of a prefix when it was last blocked, if not long ago
     guard: Guard
     now_s: float
     params: PolicyParams
@@ -125,6 +130,8 @@ def _judge_unit(view: View, service: Service, prefix: Prefix, own: Entry | None,
         return None  # the common case, and nothing to say
     belief = view.reputation.standing(service, prefix, view.now_s)
     if bad_now and is_block_worthy(belief, p.block_weight, p):
+        if has_few_bad(prefix, belief, p):
+            return None
         neighbours = [] if prefix.ipv4 else good_children(view, service, prefix, Level.L128)
         if not neighbours or rotates(belief, p):
             return _block(view, service, prefix, belief, _weight_reason(belief, prefix, p), neighbours)
@@ -156,14 +163,18 @@ def _is_shared(view: View, service: Service, prefix: Prefix, belief: Belief) -> 
 
 
 def _judge_address(view: View, service: Service, prefix: Prefix) -> Proposal | None:
-    """One address: only in a /64 where somebody else is good, or the /64 is the one to judge."""
+    """One address: in a /64 where somebody else is good, or one of the few that make a /64 bad; else by its /64."""
     p, belief = view.params, view.reputation.standing(service, prefix, view.now_s)
     if not is_block_worthy(belief, p.address_weight, p):
         return None
-    shared = [child for child, _ in good_children(view, service, prefix.parent(64), Level.L128) if child != prefix]
-    if not shared:
+    unit = prefix.parent(64)
+    around = view.reputation.standing(service, unit, view.now_s)
+    reason = _weight_reason(belief, prefix, p)
+    if has_few_bad(unit, around, p) and is_block_worthy(around, p.block_weight, p):
+        return _block(view, service, prefix, belief, reason + f", one of few bad in {unit}", [])
+    if all(child == prefix for child, _ in good_children(view, service, unit, Level.L128)):
         return None
-    return _block(view, service, prefix, belief, _weight_reason(belief, prefix, p) + ", shared /64", [])
+    return _block(view, service, prefix, belief, reason + ", shared /64", [])
 
 
 def _judge_parent(view: View, service: Service, level: Level, prefix: Prefix) -> Proposal | None:
@@ -183,6 +194,11 @@ def _judge_parent(view: View, service: Service, level: Level, prefix: Prefix) ->
         f"good weight {100 * weight:.1f} %"
     )
     if share >= p.bad_share and weight <= p.good_share:
+        if prefix.ipv4 and belief.bad < p.weight_ipv4:
+            return None
+        before = min(view.blamed(service, prefix), view.reputation.params.children_memory / 2)
+        if before > 0 and bad < before + 0.5 and belief.prior_bound < p.company_bound:
+            return None  # the same few again: they are judged one by one, or a newcomer beside them is never heard
         if prefix.ipv4 and prefix.length - 32 < p.floor_ipv4:
             view.suppress("floor")
             return None
@@ -202,7 +218,15 @@ def _block(
     reason: str,
     neighbours: list[tuple[Prefix, Standing]],
 ) -> Proposal | None:
-    """Ask for a block with its holes, unless something fixed or too many good children forbid it."""
+    """Ask for a block with its holes, unless something fixed or too many good children forbid it.
+
+    Where the service does not allow one, a unit is suspect instead; what is in force against it already stays.
+    """
+    if not may_block(service, belief, view.now_s, view.params):
+        own = view.entry(service, prefix)
+        if prefix.length < 64 or (own is not None and own.standing in (Standing.BLOCK, Standing.BAD)):
+            return None
+        return Proposal(service=service, prefix=prefix, standing=Standing.SUSPECT, reason=reason, belief=belief)
     if view.guard.protects(service, prefix):
         view.suppress("protected")
         return None
@@ -223,7 +247,7 @@ def good_children(view: View, service: Service, prefix: Prefix, level: Level) ->
     """Children that somebody vouches for more than they misbehave, with the standing their hole would have."""
     p, found = view.params, []
     for child, bad, good in view.reputation.children(service, prefix, level, view.now_s):
-        if good >= p.known_good_weight and good > bad:
+        if good >= view.reputation.params.known_good_weight and good > bad:
             belief = view.reputation.standing(service, child, view.now_s)
             strong = good >= p.good_weight and belief.good_bound >= p.good_bound
             found.append((child, Standing.GOOD if strong else Standing.SUSPECT))

@@ -7,6 +7,7 @@ comes from its relatives, its own branch left out, or one bad /64 would confirm 
 Invariants:
     forged-syn-scores-nothing: events without a handshake leave every table as it was.
     evidence-goes-up: a level's weight is at least that of what it holds, also after children were dropped.
+    active-children-do-not-fade: a child that goes on sending counts as one in its parent, however long it has.
     own-branch-is-no-prior: a prefix alone in its neighbourhood has no prior, whatever it sent.
     reputation-is-bounded: every table has a fixed most.
 """
@@ -23,7 +24,7 @@ from edge.abi import Level, Service
 from edge.core.belief import Belief, wilson
 from edge.core.prefix import LENGTHS, Prefix, mask
 from edge.core.scoring import Domains, Floats, ScoringParams, score
-from edge.core.table import LEAN_BAD, LEAN_GOOD, LEAN_NONE, UNIT_AGREES, UNIT_DIFFERS, UNIT_NONE, Table
+from edge.core.table import HOUR_S, LEAN_BAD, LEAN_GOOD, LEAN_NONE, UNIT_AGREES, UNIT_DIFFERS, UNIT_NONE, Table
 
 DAY_S = 86400.0
 
@@ -91,6 +92,16 @@ class ReputationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             "but must not shield one that goes on sending badly",
         ),
     ] = 0.25
+    known_good_weight: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0,
+            le=1000,
+            description="good weight that makes a sender a good neighbour: two messages with SPF, less what fades "
+            "between them, or one signed by a domain with a record. One SPF pass is what a rotating spammer has for "
+            "each address its filter missed",
+        ),
+    ] = 0.5
     confidence_z: Annotated[
         float, msgspec.Meta(gt=0, le=5, description="z of the one-sided bound; 1.2816 is 90 percent")
     ] = 1.2816
@@ -155,7 +166,7 @@ class Reputation:
             if here.any():
                 touched.append(self._add(service, level, events[here], bad[here], good[here], now))
         for group in touched:
-            self._lean(group)
+            self._lean(group, now)
         return touched
 
     def _add(
@@ -181,17 +192,18 @@ class Reputation:
         values = table.rows
         values["bad"][rows] += bads
         values["good"][rows] += goods
-        values["traffic"][rows] += goods
+        values["hourly"][rows] += bads
+        values["good_s"][rows[goods > 0]] = now_s
         values["events"][rows] += counts[kept].astype(np.uint64)
         values["last_s"][rows] = now_s
         _bound_pair(values, rows, "bad", "good", self.params.memory)
         return Touched(service=service, level=level, rows=rows, bad=bads, good=goods)
 
-    def _lean(self, touched: Touched) -> None:
-        """Say of each touched prefix how it leans, and tell its parent where that changed.
+    def _lean(self, touched: Touched, now_s: float) -> None:
+        """Say of each touched prefix how it leans, and have its parent count it so.
 
-        A unit leans by its own weights: bad from half a message on when that is most of it, good from one message
-        that somebody vouches for. What holds units leans by them, and is bad only when four of five are.
+        A unit leans by its own weights: bad from half a message on when that is most of it, good when it is known to
+        be. What holds units leans by them, and is bad only when four of five are.
         """
         level, values = touched.level, self.tables[touched.service, touched.level].rows
         rows = values[touched.rows]
@@ -200,13 +212,14 @@ class Reputation:
         good = np.where(by_weight, rows["good"], rows["good_children"])
         most = np.where(by_weight, 0.5, 0.8)
         lean = np.where((bad >= 0.5) & (bad >= most * (bad + good)), LEAN_BAD, LEAN_NONE)
-        lean = np.where((lean == LEAN_NONE) & (good >= 0.25), LEAN_GOOD, lean)
-        changed = np.flatnonzero(lean != rows["lean"])
-        if len(changed) and level is not Level.L32:
-            self._recount(touched.service, Level(level + 1), rows[changed], "lean", lean[changed], _LEAN_COLUMNS)
+        known = np.where(by_weight, self.params.known_good_weight, 0.25)
+        lean = np.where((lean == LEAN_NONE) & (good >= known), LEAN_GOOD, lean)
+        if level is not Level.L32:
+            self._recount(touched.service, Level(level + 1), rows, "lean", lean, _LEAN_COLUMNS, now_s)
         values["lean"][touched.rows] = lean
         if level is Level.L56:
-            self._recount_units(touched)
+            self._recount_units(touched, now_s)
+        values["counted_s"][touched.rows] = now_s
 
     def _recount(
         self,
@@ -216,29 +229,35 @@ class Reputation:
         column: str,
         after: np.ndarray,
         names: tuple[tuple[int, str], ...],
+        now_s: float,
     ) -> None:
-        """Move children from one count of the prefixes above them to another; `names` gives the count of each state."""
+        """Count children anew in the prefixes above them; `names` gives the count of each state.
+
+        What is left of a child's last count is taken out first: one that sends every day counts as one, always. A
+        parent that was dropped in between has nothing of it left.
+        """
         table = self.tables[service, above]
         keys, which = np.unique(children["hi"] & np.uint64(mask(LENGTHS[above])[0]), return_inverse=True)
         found = np.fromiter((table.index.get(key, -1) for key in keys.tolist()), np.int64, len(keys))
         known = found >= 0
+        age = np.maximum(0.0, now_s - children["counted_s"])
+        forgotten = children["counted_s"] < table.rows["made_s"][found[which]]
+        left = np.where(forgotten, 0.0, np.exp2(-age / table.half_life_s))
         for state, name in names:
             steps = np.bincount(
-                which, weights=(after == state) * 1.0 - (children[column] == state), minlength=len(keys)
+                which, weights=(after == state) - (children[column] == state) * left, minlength=len(keys)
             )
             table.rows[name][found[known]] = np.maximum(0.0, table.rows[name][found[known]] + steps[known])
         _bound_pair(table.rows, found[known], names[0][1], names[1][1], self.params.children_memory)
 
-    def _recount_units(self, touched: Touched) -> None:
+    def _recount_units(self, touched: Touched, now_s: float) -> None:
         """Tell each IPv6 /32 whether its /56s stand or fall together: whether a /56 there is one customer."""
         values = self.tables[touched.service, Level.L56].rows
         rows = values[touched.rows]
         bad, good = rows["bad_children"], rows["good_children"]
         unit = np.where((bad >= 1.5) & (good < 0.5), UNIT_AGREES, UNIT_NONE)
         unit = np.where((bad >= 0.5) & (good >= 0.5), UNIT_DIFFERS, unit)
-        changed = np.flatnonzero(unit != rows["unit"])
-        if len(changed):
-            self._recount(touched.service, Level.L32, rows[changed], "unit", unit[changed], _UNIT_COLUMNS)
+        self._recount(touched.service, Level.L32, rows, "unit", unit, _UNIT_COLUMNS, now_s)
         values["unit"][touched.rows] = unit
 
     def _count_traffic(self, service: Service, good: float, now_s: float) -> None:
@@ -311,7 +330,8 @@ class Reputation:
             good_children=good_children,
             events=0 if row is None else int(row["events"]),
             last_s=None if row is None or not np.isfinite(row["last_s"]) else float(row["last_s"]),
-            traffic=0.0 if row is None else float(row["traffic"]) * 2.0 ** (-age / DAY_S),
+            last_good_s=None if row is None or not np.isfinite(row["good_s"]) else float(row["good_s"]),
+            hourly=0.0 if row is None else float(row["hourly"]) * float(np.exp(-age / HOUR_S)),
             prior_mean=mean,
             prior_weight=weight,
             prior_bound=wilson(mean, known, z),
@@ -324,14 +344,12 @@ class Reputation:
     def children(
         self, service: Service, prefix: Prefix, level: Level, now_s: float
     ) -> list[tuple[Prefix, float, float]]:
-        """Rows of a longer level inside a prefix, with bad and good weight, best first. One pass over columns."""
+        """Rows of a longer level inside a prefix, with bad and good weight, best first."""
         table = self.tables[service, level]
         if level is Level.L128 and prefix.length == 64:
             rows = np.array(sorted(table.groups.get(prefix.hi, ())), np.int64)
         else:
-            live = np.fromiter(table.index.values(), np.int64, len(table.index))
-            inside = table.rows["hi"][live] & np.uint64(mask(prefix.length)[0]) == prefix.hi
-            rows = np.sort(live[inside])
+            rows = table.inside(prefix.hi, prefix.hi | ~mask(prefix.length)[0] & (1 << 64) - 1)
         fade = table.factor(rows, now_s)
         values = table.rows[rows]
         bad, good = values["bad"] * fade, values["good"] * fade

@@ -65,11 +65,23 @@ class PolicyParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "when its goodness bound does; well below the entry thresholds, so that nothing flaps",
         ),
     ] = 0.5
-    known_good_weight: Annotated[
-        float, msgspec.Meta(gt=0, le=1000, description="good weight that makes a child a good neighbour; one SPF pass")
-    ] = 0.25
+    addresses_64: Annotated[
+        int,
+        msgspec.Meta(
+            ge=2,
+            le=64,
+            description="distinct bad addresses that blame a /64 in which nobody is known to be good; fewer are "
+            "blocked one by one, since a hoster's customers may share it",
+        ),
+    ] = 3
     children_56: Annotated[
-        int, msgspec.Meta(ge=2, le=256, description="distinct bad /64s that blame a /56; worst real /48s hold 5 to 18")
+        int,
+        msgspec.Meta(
+            ge=2,
+            le=256,
+            description="distinct bad /64s that blame a /56, twice as many where a good one is known: worst real /48s "
+            "hold 5 to 18",
+        ),
     ] = 4
     children_48: Annotated[int, msgspec.Meta(ge=2, le=256, description="distinct bad /56s that blame a /48")] = 8
     children_32: Annotated[
@@ -78,6 +90,33 @@ class PolicyParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     children_ipv4: Annotated[
         int, msgspec.Meta(ge=2, le=256, description="distinct bad addresses that blame an IPv4 /24, /24s a /16")
     ] = 8
+    weight_ipv4: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0,
+            le=50,
+            description="bad weight before an IPv4 /24 is blamed: nearly two messages of each address, because one "
+            "mistake of each of eight neighbours is no attack",
+        ),
+    ] = 15.0
+    attack_hourly: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0,
+            le=1e6,
+            description="bad weight an hour on the submission ports from which on it is an attack and may be blocked. "
+            "Below it is only limited: a phone with an old password tries once a minute",
+        ),
+    ] = 120.0
+    login_memory_s: Annotated[
+        float,
+        msgspec.Meta(
+            ge=3600,
+            le=1e8,
+            description="no prefix is blocked on the submission ports this long after a login from it, seconds: 90 "
+            "days outlast the holidays of an office",
+        ),
+    ] = 90 * 86400.0
     children_in_company: Annotated[
         int,
         msgspec.Meta(
@@ -129,6 +168,26 @@ def is_block_worthy(belief: Belief, weight: float, p: PolicyParams) -> bool:
     return alone or (belief.bad >= 0.9 and belief.prior_bound >= p.company_bound)
 
 
+def may_block(service: Service, belief: Belief, now_s: float, p: PolicyParams) -> bool:
+    """Whether a prefix may be blocked for this service at all.
+
+    On the submission ports behind one address may be an office, and refusing it hurts the operator's own users. So
+    only an attack is blocked there: failures at the rate of one, and no login from the prefix as far as is known.
+    """
+    if service is not Service.SUBMISSION:
+        return True
+    known = belief.last_good_s is not None and now_s - belief.last_good_s <= p.login_memory_s
+    return not known and belief.hourly >= p.attack_hourly
+
+
+def has_few_bad(prefix: Prefix, belief: Belief, p: PolicyParams) -> bool:
+    """Whether the bad addresses of a /64 are so few that they are blocked rather than the /64.
+
+    None at all means that they are not kept: then the /64 has to answer for them.
+    """
+    return not prefix.ipv4 and 0.5 <= belief.bad_children < p.addresses_64 - 0.5
+
+
 def rotates(belief: Belief, p: PolicyParams) -> bool:
     """Whether the bad addresses of a /64 are so many and so alone that blocking them one by one is pointless."""
     bad, good = belief.bad_children, belief.good_children
@@ -138,10 +197,15 @@ def rotates(belief: Belief, p: PolicyParams) -> bool:
 def needed_children(
     reputation: Reputation, service: Service, prefix: Prefix, now_s: float, p: PolicyParams
 ) -> tuple[int, int]:
-    """Distinct bad children that blame a prefix: anywhere, and in bad company."""
+    """Distinct bad children that blame a prefix: anywhere, and in bad company.
+
+    A known good /64 shows a /56 to be of two minds: then its /64s are rather judged one by one.
+    """
     if prefix.ipv4:
         return p.children_ipv4, p.children_ipv4
     needed = {56: p.children_56, 48: p.children_48}.get(prefix.length, p.children_32)
+    if prefix.length == 56 and reputation.weights(service, prefix, now_s, "good_children")[0] >= 0.5:
+        return 2 * needed, 2 * needed
     if prefix.length == 56 and is_customer_56(reputation, service, prefix, now_s, p):
         return needed, 1
     return needed, p.children_in_company

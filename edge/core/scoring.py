@@ -1,7 +1,8 @@
 """What one piece of evidence weighs, for and against the prefix it came from.
 
-A bad verdict weighs by its kind. A good one weighs by who vouches for it: SPF and DKIM can be bought with a domain,
-so a domain lends its name only as far as its own record goes, and less when it is seen all over the address space.
+A bad verdict weighs by its kind, refused recipients by their share of all. A good one weighs by who vouches for it: SPF
+and DKIM can be bought with a domain, so a domain lends its name only as far as its own record goes, and less when it is
+seen all over the address space.
 
 Invariants:
     forged-syn-scores-nothing: an event without a handshake weighs nothing, whatever else it says.
@@ -32,7 +33,7 @@ class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         float, msgspec.Meta(ge=0, le=10, description="bad weight of mail judged to be spam; one message, one unit")
     ] = 1.0
     unknown_user: Annotated[
-        float, msgspec.Meta(ge=0, le=10, description="bad weight of a delivery to unknown recipients; as spam")
+        float, msgspec.Meta(ge=0, le=10, description="bad weight of a delivery to unknown recipients only; as spam")
     ] = 1.0
     auth_fail: Annotated[
         float,
@@ -163,18 +164,32 @@ def score(events: np.ndarray, domains: Domains, now_s: float, p: ScoringParams) 
     table = np.zeros(256)
     table[Verdict.SPAM], table[Verdict.UNKNOWN_USER] = p.spam, p.unknown_user
     table[Verdict.AUTH_FAIL], table[Verdict.POLICY_REJECT] = p.auth_fail, p.policy_reject
-    bad = np.where(shaken, table[verdict], 0.0)
+    refused = shaken & (table[verdict] > 0)
+    table[Verdict.HAM] = p.unknown_user  # of accepted mail only its refused recipients count against it
+    bad = np.where(shaken, table[verdict] * _refused_share(events), 0.0)
 
     submission = events["service"] == Service.SUBMISSION
     ham = shaken & (verdict == Verdict.HAM)
     signed = (events["dkim"] == Authentication.PASS) & (events["domain"] != 0) & shaken
     good = np.where(ham, p.ham + p.ham_spf * (events["spf"] == Authentication.PASS), 0.0)
     good[ham & submission] = p.ham_submission
-    good[shaken & submission & (events["authenticated"] == 1) & (bad == 0)] = p.login
+    good[shaken & submission & (events["authenticated"] == 1) & ~refused] = p.login
     if signed.any():
         good[ham & signed & ~submission] += p.ham_dkim * _lent(events, ham & signed & ~submission, domains, now_s)
-        _teach(events, signed, ham, bad > 0, domains, now_s)
+        _teach(events, signed, ham, np.minimum(bad, 1.0), domains, now_s)
     return bad, good
+
+
+def _refused_share(events: np.ndarray) -> Floats:
+    """The part of an event's bad weight that its recipients leave.
+
+    A mailing list's message to forty has some that are gone; a harvester's has hardly anything else. Spam is spam for
+    whomever it was, and a bad verdict that counts no recipients is taken as it is.
+    """
+    ok, bad = events["rcpt_ok"].astype(np.float64), events["rcpt_bad"].astype(np.float64)
+    share: Floats = bad / np.maximum(ok + bad, 1.0)
+    at_rcpt = (events["verdict"] == Verdict.UNKNOWN_USER) | (events["verdict"] == Verdict.POLICY_REJECT)
+    return np.where((at_rcpt & (bad > 0)) | (events["verdict"] == Verdict.HAM), share, 1.0)
 
 
 def _lent(events: np.ndarray, rows: NDArray[np.bool_], domains: Domains, now_s: float) -> Floats:
@@ -188,7 +203,7 @@ def _teach(
     events: np.ndarray,
     signed: NDArray[np.bool_],
     ham: NDArray[np.bool_],
-    bad: NDArray[np.bool_],
+    bad: Floats,
     domains: Domains,
     now_s: float,
 ) -> None:

@@ -98,6 +98,7 @@ def step(state: State, inputs: Inputs, now_s: float, params: CoreParams) -> Outc
         reputation=state.reputation,
         entry=state.ledger.entry,
         over=state.ledger.over,
+        blamed=lambda service, prefix: state.ledger.blamed((service, prefix), now_s, params.ledger),
         guard=state.guard(inputs.fixed),
         now_s=now_s,
         params=params.policy,

@@ -26,9 +26,12 @@ ROW = np.dtype(
         ("differ", "<f8"),
         ("cleared", "<f8"),  # blocks below whose trial ended well, and those that had to be set again
         ("relapsed", "<f8"),
-        ("traffic", "<f8"),  # good weight with a half-life of one day, without a most
+        ("hourly", "<f8"),  # bad weight with a time constant of one hour: a steady rate reads as its number an hour
         ("at_s", "<f8"),
+        ("made_s", "<f8"),
         ("last_s", "<f8"),  # last scored event; -inf before the first
+        ("good_s", "<f8"),  # last event with good weight; -inf before the first
+        ("counted_s", "<f8"),  # when its parent last counted it as `lean` and `unit` say
         ("events", "<u8"),  # scored events, never decayed
         ("lean", "i1"),  # LEAN_*: what its parent counts it as
         ("unit", "i1"),  # UNIT_*: of a /56, what the network above counts it as
@@ -38,8 +41,7 @@ ROW = np.dtype(
 LEAN_NONE, LEAN_BAD, LEAN_GOOD = 0, 1, 2
 UNIT_NONE, UNIT_AGREES, UNIT_DIFFERS = 0, 1, 2
 
-TRAFFIC_HALF_LIFE_S = 86400.0
-"""What "recently good" means to the circuit breaker: a day, the shortest span that holds every hour's habits."""
+HOUR_S = 3600.0
 
 _DECAYING = ("bad", "good", "bad_children", "good_children", "agree", "differ", "cleared", "relapsed")
 _GOOD_COUNTS = 4.0
@@ -59,6 +61,7 @@ class Table:
         self.dropped = 0
         self.refused = 0
         self._free = list(range(len(self.rows) - 1, -1, -1))
+        self._order: tuple[Rows, NDArray[np.uint64]] | None = None  # live rows by `hi`; None after any came or went
 
     def __len__(self) -> int:
         return len(self.index)
@@ -66,6 +69,18 @@ class Table:
     def find(self, key: int) -> int | None:
         """The row of a key."""
         return self.index.get(key)
+
+    def inside(self, first: int, last: int) -> Rows:
+        """The rows whose upper half lies in this closed range, in order of their upper halves.
+
+        Rows are sorted once for all questions of a tick: judging many parents must not scan the table for each.
+        """
+        if self._order is None:
+            live = np.fromiter(self.index.values(), np.int64, len(self.index))
+            live = live[np.argsort(self.rows["hi"][live], kind="stable")]
+            self._order = live, self.rows["hi"][live]
+        order, his = self._order
+        return order[np.searchsorted(his, np.uint64(first)) : np.searchsorted(his, np.uint64(last), "right")]
 
     def factor(self, rows: Rows, now_s: float) -> NDArray[np.float64]:
         """What the decaying weights of these rows have to be multiplied by to be those of now."""
@@ -95,7 +110,7 @@ class Table:
         age = np.maximum(0.0, now_s - self.rows["at_s"][rows])
         for name in _DECAYING:
             self.rows[name][rows] *= factor
-        self.rows["traffic"][rows] *= np.exp2(-age / TRAFFIC_HALF_LIFE_S)
+        self.rows["hourly"][rows] *= np.exp(-age / HOUR_S)
         self.rows["at_s"][rows] = np.maximum(self.rows["at_s"][rows], now_s)
 
     def _clear(self, rows: Rows, keys: list[int], now_s: float) -> None:
@@ -105,7 +120,8 @@ class Table:
         self.rows["hi"][rows] = np.array([key >> shift for key in keys], np.uint64)
         if self.group:
             self.rows["lo"][rows] = np.array([key & ((1 << 64) - 1) for key in keys], np.uint64)
-        self.rows["at_s"][rows], self.rows["last_s"][rows] = now_s, -np.inf
+        self.rows["at_s"][rows] = self.rows["made_s"][rows] = now_s
+        self.rows["last_s"][rows] = self.rows["good_s"][rows] = -np.inf
 
     def _make(self, key: int, now_s: float, kept: set[int], full: set[int]) -> int:
         """Give a key a row, still to be cleared, or -1 when every candidate for dropping was touched in this batch."""
@@ -122,6 +138,7 @@ class Table:
             return -1
         row = self._free.pop()
         self.index[key] = row
+        self._order = None
         if self.group:
             self.groups.setdefault(hi, []).append(row)
         return row
@@ -162,6 +179,7 @@ class Table:
             if not self.groups[hi]:
                 del self.groups[hi]
         self._free.append(row)
+        self._order = None
         self.dropped += 1
 
     def _grow(self) -> None:

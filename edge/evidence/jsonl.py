@@ -5,15 +5,16 @@
              "dkim": "pass|fail|none", "dkim_domain": "example.org", "spf": "pass|softfail|fail|none"}}
 
 `ts`, `src`, `dport` and `handshake` must be there; `mta` may be absent or null, and of its fields only `verdict` must
-be there. Two things do not survive writing. A domain is kept as its hash, so it is written as
-`<16 hex digits>.hash.invalid`, which reads back as the same hash. And the format has no word for a client that logged
-in (`authenticated`).
+be there; the others may be null, which says the same as leaving them out. Two things do not survive writing. A domain
+is kept as its hash, so it is written as `<16 hex digits>.hash.invalid`, which reads back as the same hash. And the
+format has no word for a client that logged in (`authenticated`).
 
 Invariants:
     unknown-keys-are-counted: a key the format does not know never refuses a line and never reaches the event.
     malformed-is-refused: a line that breaks the format raises InputError saying what was expected and found.
     half-open-has-no-verdict: a SYN that was never completed carries no `mta`.
     unproven-domain-is-dropped: a domain counts only with `"dkim": "pass"`; otherwise it is what anybody may write.
+    null-is-absent: a null field of `mta` reads as if it were left out.
     written-reads-back: decode(encode(e)) == e but for `authenticated`.
 """
 
@@ -54,11 +55,11 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 
 class _Mta(msgspec.Struct):
     verdict: Literal["ham", "spam", "unknown_user", "auth_fail", "policy_reject", "none"]
-    rcpt_ok: _Count = 0
-    rcpt_bad: _Count = 0
-    dkim: Literal["pass", "fail", "none"] = "none"
-    dkim_domain: Annotated[str, msgspec.Meta(max_length=253)] = ""
-    spf: Literal["pass", "softfail", "fail", "none"] = "none"
+    rcpt_ok: _Count | None = None
+    rcpt_bad: _Count | None = None
+    dkim: Literal["pass", "fail", "none"] | None = None
+    dkim_domain: Annotated[str, msgspec.Meta(max_length=253)] | None = None
+    spf: Literal["pass", "softfail", "fail", "none"] | None = None
 
 
 class _Line(msgspec.Struct):
@@ -141,18 +142,18 @@ class JsonLines:
         at_s = parsed.ts if ts_s is None else ts_s
         if mta is None:
             return Event(ts_s=at_s, hi=keyed[0], lo=keyed[1], service=service, handshake=parsed.handshake)
-        dkim = _AUTHENTICATION[mta.dkim]
+        dkim = _AUTHENTICATION[mta.dkim or "none"]
         return Event(
             ts_s=at_s,
             hi=keyed[0],
             lo=keyed[1],
             service=service,
             verdict=_VERDICT[mta.verdict],
-            rcpt_ok=mta.rcpt_ok,
-            rcpt_bad=mta.rcpt_bad,
+            rcpt_ok=mta.rcpt_ok or 0,
+            rcpt_bad=mta.rcpt_bad or 0,
             dkim=dkim,
-            dkim_domain=domain_hash(mta.dkim_domain) if dkim is Authentication.PASS else 0,
-            spf=_AUTHENTICATION[mta.spf],
+            dkim_domain=domain_hash(mta.dkim_domain or "") if dkim is Authentication.PASS else 0,
+            spf=_AUTHENTICATION[mta.spf or "none"],
         )
 
     def _parse(self, line: bytes) -> _Line:

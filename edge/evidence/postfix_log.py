@@ -5,10 +5,14 @@ What counts, and where it is taken from, so that nothing counts twice:
 * Refused recipients and commands: the `reject:` line of smtpd. Permanent ones only are evidence; a temporary one (grey
   listing, no reverse name, our own trouble) gives an event without verdict. So does a permanent one that tells of our
   side: mailbox full or disabled, message too big (RFC 3463 subjects 2, 3 and 4).
+* Refused recipients are counted and told once: with the message that was accepted for the others, else when the session
+  ends, with how many its `disconnect` line says were accepted. A mailing list's message to forty of whom eight are gone
+  is one message, not eight attempts. Of other refusals by policy the first of a session is told: after it the same
+  client only goes on, and `too many errors` says no more than what led to it.
 * Refused content: `milter-reject:`, `milter-discard:`, `proxy-reject:`, and the header and body checks of cleanup.
 * Failed logins: the `SASL … authentication failed` warning, unless our authentication server was at fault. A bot that
   tries to log in where port 25 offers none leaves no warning: the `auth=0/3` of its `disconnect` line gives one event,
-  only for MX and only when the session had no warning. Nothing else is taken from `disconnect`.
+  only for MX and only when the session had no warning.
 * postscreen: its own tests (PREGREET, DNSBL rank, …). Its `reject:` lines only repeat them and are left out.
 * Mail accepted: when the queue manager first takes the message (`queue active`), not at `removed` or `status=sent`:
   cleanup, milters and checks have passed then, and a bounce or a deferral days later is no fault of the client. With a
@@ -19,6 +23,7 @@ What counts, and where it is taken from, so that nothing counts twice:
 Invariants:
     one-acceptance-a-message: a queue id gives ham at most once, and never after its content was refused.
     local-mail-is-nobody's: loopback clients give no event.
+    one-event-for-refused-recipients: a session's refused recipients are told once, however many lines told of them.
     tables-are-bounded: queue ids and sessions are limited in number, queue ids in age too.
 """
 
@@ -41,6 +46,7 @@ from edge.evidence.jsonl import CACHED_SOURCES, domain_hash
 from edge.evidence.postfix import Kind, Parsed, parse
 
 _AUTH_COUNT = re.compile(rb" auth=(\d{1,9})(?:/(\d{1,9}))?(?: |\Z)")
+_RCPT_COUNT = re.compile(rb" rcpt=(\d{1,9})(?:/\d{1,9})?(?: |\Z)")
 
 _CACHED_TAGS = 1024
 """Syslog tags whose service is remembered; a host has a dozen."""
@@ -87,6 +93,24 @@ class PostfixParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 @dataclass(slots=True)
+class _Session:
+    """The client an smtpd process serves now."""
+
+    address: bytes
+    warned: bool = False  # a login of this session has been reported
+    rejected: bool = False  # and a refusal by policy
+    unknown: int = 0  # recipients refused since the last message: unknown ones
+    unwanted: int = 0  # those refused by policy
+    accepted: int = 0  # recipients of the messages accepted so far
+    message: _Message | None = None  # the one whose recipients were refused, for its service and login
+
+    def take(self) -> int:
+        """The refused recipients, which are then told."""
+        refused, self.unknown, self.unwanted, self.message = self.unknown + self.unwanted, 0, 0, None
+        return refused
+
+
+@dataclass(slots=True)
 class _Message:
     """A queue id on its way into the queue."""
 
@@ -94,17 +118,10 @@ class _Message:
     service: Service
     authenticated: bool
     at_s: float
+    session: _Session | None
     dkim: Authentication = Authentication.NONE
     domain: bytes = b""
     spf: Authentication = Authentication.NONE
-
-
-@dataclass(slots=True)
-class _Session:
-    """The client an smtpd process serves now."""
-
-    address: bytes
-    warned: bool = False  # a login of this session has been reported
 
 
 class PostfixLog:
@@ -117,19 +134,22 @@ class PostfixLog:
         self._words = tuple(name.encode() for name in params.submission_names)
         self._key = lru_cache(maxsize=CACHED_SOURCES)(_client_key)
         self._service = lru_cache(maxsize=_CACHED_TAGS)(self._service_of)
-        self._counts = dict.fromkeys(("local", "bogons", "no_address", "rate_notices", "queue_ids_forgotten"), 0)
+        self._counts = dict.fromkeys(
+            ("local", "bogons", "no_address", "rate_notices", "queue_ids_forgotten", "sessions_forgotten"), 0
+        )
 
     def counts(self) -> Mapping[str, int]:
         """Totals: `no_address` lines should have named a client and did not in Postfix's way; 0 on a healthy system.
 
-        `local` clients and `bogons` gave no event, `rate_notices` are anvil's, `queue_ids_forgotten` were dropped for
-        want of room.
+        `local` clients and `bogons` gave no event, `rate_notices` are anvil's, `queue_ids_forgotten` and
+        `sessions_forgotten` were dropped with their evidence for want of room.
         """
         return self._counts | {"queue_ids": len(self._messages), "sessions": len(self._sessions)}
 
     def dropped(self) -> int:
         """Evidence that could not be used."""
-        return self._counts["bogons"] + self._counts["no_address"] + self._counts["queue_ids_forgotten"]
+        names = ("bogons", "no_address", "queue_ids_forgotten", "sessions_forgotten")
+        return sum(self._counts[name] for name in names)
 
     def feed(self, line: bytes, ts_s: float) -> Event | None:
         """One line; `ts_s` is the arrival time, or the line's own time in a replay. Never raises."""
@@ -140,7 +160,7 @@ class PostfixLog:
             case Kind.VERDICT:
                 return self._verdict(parsed, ts_s)
             case Kind.CONNECT:
-                self._connected(parsed)
+                return self._connected(parsed, ts_s)
             case Kind.DISCONNECT:
                 return self._disconnected(parsed, ts_s)
             case Kind.CLIENT:
@@ -150,8 +170,10 @@ class PostfixLog:
             case Kind.LOGIN_FAILED | Kind.LOGIN_ERROR:
                 return self._login(parsed, ts_s)
             case Kind.PROXY:
-                session = self._sessions.get((parsed.host, parsed.tag, parsed.pid))
-                return self._event(parsed, session.address, ts_s) if session is not None else None
+                session = self._session(parsed)
+                if session is None:
+                    return None
+                return self._event(parsed, session.address, ts_s, rcpt_bad=session.take())
             case Kind.DKIM | Kind.DKIM_DOMAIN | Kind.SPF:
                 self._authenticated(parsed)
             case Kind.RATE:
@@ -164,6 +186,17 @@ class PostfixLog:
         message = self._messages.get((parsed.host, parsed.queue)) if parsed.queue else None
         if message is not None and parsed.ends:
             del self._messages[parsed.host, parsed.queue]
+        session = self._session(parsed)
+        if session is not None and session.address == parsed.address:
+            if parsed.rcpt and parsed.verdict is not Verdict.NONE:
+                session.unknown += parsed.verdict is Verdict.UNKNOWN_USER
+                session.unwanted += parsed.verdict is not Verdict.UNKNOWN_USER
+                session.message = message
+                return None
+            if parsed.verdict is Verdict.POLICY_REJECT:
+                if session.rejected or session.unknown or session.unwanted:
+                    return None
+                session.rejected = True
         return self._event(parsed, parsed.address, ts_s, message)
 
     def _settled(self, parsed: Parsed, ts_s: float) -> Event | None:
@@ -173,6 +206,10 @@ class PostfixLog:
             return None
         good = parsed.verdict is Verdict.HAM
         proven = message.domain if message.dkim is Authentication.PASS else b""
+        refused = 0
+        if message.session is not None:
+            refused = message.session.take()
+            message.session.accepted += parsed.rcpt if good else 0
         return Event(
             ts_s=ts_s,
             hi=message.key[0],
@@ -181,34 +218,53 @@ class PostfixLog:
             verdict=parsed.verdict,
             authenticated=message.authenticated,
             rcpt_ok=parsed.rcpt if good else 0,
+            rcpt_bad=refused,
             dkim=message.dkim,
             dkim_domain=domain_hash(proven.decode("ascii")),
             spf=message.spf,
         )
 
     def _login(self, parsed: Parsed, ts_s: float) -> Event | None:
-        session = self._sessions.get((parsed.host, parsed.tag, parsed.pid))
+        session = self._session(parsed)
         if session is not None:
             session.warned = True
         return self._event(parsed, parsed.address, ts_s) if parsed.kind is Kind.LOGIN_FAILED else None
 
-    def _connected(self, parsed: Parsed) -> None:
+    def _session(self, parsed: Parsed) -> _Session | None:
+        return self._sessions.get((parsed.host, parsed.tag, parsed.pid))
+
+    def _connected(self, parsed: Parsed, ts_s: float) -> Event | None:
         if not parsed.pid.isdigit():
-            return  # without a process number two sessions could not be told apart
+            return None  # without a process number two sessions could not be told apart
         key = (parsed.host, parsed.tag, parsed.pid)
-        self._sessions.pop(key, None)
+        before = self._sessions.pop(key, None)
         self._sessions[key] = _Session(parsed.address)
         if len(self._sessions) > self._params.sessions:
-            self._sessions.popitem(last=False)
+            _, oldest = self._sessions.popitem(last=False)
+            self._counts["sessions_forgotten"] += oldest.take() > 0
+        return None if before is None else self._refused(parsed, before, 0, ts_s)  # its end was not logged
 
     def _disconnected(self, parsed: Parsed, ts_s: float) -> Event | None:
         session = self._sessions.pop((parsed.host, parsed.tag, parsed.pid), None)
-        if session is None or session.warned or session.address != parsed.address:
+        if session is None or session.address != parsed.address:
             return None
-        tries = _AUTH_COUNT.search(parsed.text)
-        if tries is None or tries[2] is None or self._service(parsed.tag) is not Service.MX:
+        tries, accepted = _AUTH_COUNT.search(parsed.text), _RCPT_COUNT.search(parsed.text)
+        guessed = tries is not None and tries[2] is not None and not session.warned
+        if guessed and self._service(parsed.tag) is Service.MX:
+            return self._event(
+                parsed._replace(verdict=Verdict.AUTH_FAIL), parsed.address, ts_s, rcpt_bad=session.take()
+            )
+        return self._refused(parsed, session, 0 if accepted is None else int(accepted[1]), ts_s)
+
+    def _refused(self, parsed: Parsed, session: _Session, accepted: int, ts_s: float) -> Event | None:
+        """What a session that ends has refused recipients for; `accepted` are those of all its messages."""
+        verdict = Verdict.UNKNOWN_USER if session.unknown > session.unwanted else Verdict.POLICY_REJECT
+        message, refused = session.message, session.take()
+        if not refused:
             return None
-        return self._event(parsed._replace(verdict=Verdict.AUTH_FAIL), parsed.address, ts_s)
+        of_none = max(0, accepted - session.accepted)
+        line = parsed._replace(verdict=verdict)
+        return self._event(line, session.address, ts_s, message, rcpt_ok=of_none, rcpt_bad=refused)
 
     def _queued(self, parsed: Parsed, ts_s: float) -> None:
         key = self._keyed(parsed.address)
@@ -217,7 +273,7 @@ class PostfixLog:
         if key is None:
             return
         service = Service.SUBMISSION if parsed.authenticated else self._service(parsed.tag)
-        self._messages[slot] = _Message(key, service, parsed.authenticated, ts_s)
+        self._messages[slot] = _Message(key, service, parsed.authenticated, ts_s, self._session(parsed))
         if len(self._messages) > self._params.queue_ids:
             self._messages.popitem(last=False)
             self._counts["queue_ids_forgotten"] += 1
@@ -236,7 +292,16 @@ class PostfixLog:
         else:
             message.domain = parsed.text
 
-    def _event(self, parsed: Parsed, address: bytes, ts_s: float, message: _Message | None = None) -> Event | None:
+    def _event(
+        self,
+        parsed: Parsed,
+        address: bytes,
+        ts_s: float,
+        message: _Message | None = None,
+        *,
+        rcpt_ok: int = 0,
+        rcpt_bad: int = 0,
+    ) -> Event | None:
         key = self._keyed(address)
         if key is None:
             return None
@@ -248,8 +313,8 @@ class PostfixLog:
             service=self._service(parsed.tag) if message is None else message.service,
             verdict=parsed.verdict,
             authenticated=message is not None and message.authenticated,
-            rcpt_ok=parsed.rcpt if good else 0,
-            rcpt_bad=0 if good else parsed.rcpt,
+            rcpt_ok=parsed.rcpt if good else rcpt_ok,
+            rcpt_bad=rcpt_bad or (0 if good else parsed.rcpt),
         )
 
     def _keyed(self, address: bytes) -> _Key | None:

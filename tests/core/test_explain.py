@@ -30,16 +30,33 @@ def test_forecast_comes_true() -> None:
     world = World()
     world.tick(bad("2001:db8:1:2::7", 5))
     change = ask(world, "2001:db8:1:2::7")["levels"][1]["change"]
-    assert change == "3 more rejected deliveries block this /64"
+    assert change == "3 more rejected deliveries from new addresses block this /64"
+    world.tick(bad("2001:db8:1:2::8", 1), bad("2001:db8:1:2::9", 1))
+    assert world.blocks() == set()
+    world.tick(bad("2001:db8:1:2::a", 1))
+    assert world.blocks() == {"2001:db8:1:2::/64"}
+
+
+def test_forecast_of_the_only_bad_address_comes_true() -> None:
+    world = World()
+    world.tick(bad("2001:db8:1:2::7", 5))
+    assert ask(world, "2001:db8:1:2::7")["levels"][0]["change"] == "3 more rejected deliveries block this /128"
     world.tick(bad("2001:db8:1:2::7", 2))
     assert world.blocks() == set()
     world.tick(bad("2001:db8:1:2::7", 1))
-    assert world.blocks() == {"2001:db8:1:2::/64"}
+    assert world.blocks() == {"2001:db8:1:2::7/128"}
+
+
+def test_forecast_where_a_block_is_not_allowed() -> None:
+    world = World()
+    world.tick(bad("192.0.2.7", 11, Service.SUBMISSION))
+    told = explain(world.state, {}, Prefix.parse("192.0.2.7"), Service.SUBMISSION, world.now_s, world.params)
+    assert told["levels"][0]["change"].startswith("limited at most")
 
 
 def test_block_is_told_with_reason_and_time_left() -> None:
     world = World()
-    world.tick(bad("2001:db8:1:2::7", 11))
+    world.tick(*(bad(f"2001:db8:1:2::{n:x}") for n in range(1, 12)))
     world.tick(seconds=101.0)
     told = ask(world, "2001:db8:1:2::9")
     assert (told["standing"], told["decided_by"]) == ("block", "2001:db8:1:2::/64")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,51 @@ def test_child_that_turns_is_moved_not_added() -> None:
     reputation = learned(bad("2001:db8:1:2::7", 1), ham("2001:db8:1:2::7", 11))
     found = reputation.weights(Service.MX, Prefix.parse("2001:db8:1::/56"), NOW, "bad_children", "good_children")
     assert found == pytest.approx((0.0, 1.0), abs=0.01)
+
+
+def test_active_children_do_not_fade() -> None:
+    """A network that has sent well for half a year counts like one that did so for a day."""
+    reputation = Reputation(ReputationParams())
+    for day in range(181):
+        senders = (ham(f"2001:db8:1:{n << 8 | n:x}::25") for n in range(1, 12))
+        reputation.learn(batch(e for group in senders for e in group * 2), NOW + day * DAY_S)
+    (good,) = reputation.weights(Service.MX, Prefix.parse("2001:db8:1::/48"), NOW + 180 * DAY_S, "good_children")
+    assert good == pytest.approx(11.0, abs=0.5)
+    (good,) = reputation.weights(Service.MX, Prefix.parse("2001:db8:1::/48"), NOW + 194 * DAY_S, "good_children")
+    assert good == pytest.approx(5.5, abs=0.3)
+
+
+def test_child_is_counted_again_by_a_parent_that_was_dropped() -> None:
+    reputation = learned(bad("2001:db8:1:2::7", 3), params=ReputationParams(rows_56=16))
+    reputation.learn(batch(e for n in range(101) for e in bad(f"2001:db8:{n + 9:x}:2::7", 5)), NOW + 11)
+    assert reputation.find(Service.MX, Prefix.parse("2001:db8:1::/56")) is None
+    reputation.learn(batch(bad("2001:db8:1:2::7")), NOW + 13)
+    found = reputation.weights(Service.MX, Prefix.parse("2001:db8:1::/56"), NOW + 13, "bad_children")
+    assert found == pytest.approx((1.0,), abs=0.01)
+
+
+def test_refused_recipients_weigh_by_their_share() -> None:
+    params = ScoringParams()
+
+    def weigh(verdict: Verdict, ok: int, ill: int) -> tuple[float, float]:
+        row = replace(event("2001:db8::1", verdict), rcpt_ok=ok, rcpt_bad=ill)
+        bads, goods = score(batch([row]), Domains(params), NOW, params)
+        return float(bads[0]), float(goods[0])
+
+    assert weigh(Verdict.UNKNOWN_USER, 0, 7) == (1.0, 0.0)
+    assert weigh(Verdict.UNKNOWN_USER, 0, 0) == (1.0, 0.0)
+    assert weigh(Verdict.UNKNOWN_USER, 30, 10) == (0.25, 0.0)
+    assert weigh(Verdict.POLICY_REJECT, 10, 10) == (0.75, 0.0)
+    assert weigh(Verdict.HAM, 30, 10) == (0.25, 0.1)
+    assert weigh(Verdict.HAM, 3, 0) == (0.0, 0.1)
+    assert weigh(Verdict.SPAM, 3, 1) == (1.0, 0.0)
+
+
+def test_steady_rate_reads_as_its_number_an_hour() -> None:
+    reputation = Reputation(ReputationParams())
+    for minute in range(601):
+        reputation.learn(batch(bad("192.0.2.7")), NOW + 60 * minute)
+    assert reputation.standing(Service.MX, Prefix.parse("192.0.2.7"), NOW + 36000).hourly == pytest.approx(60, abs=1)
 
 
 def test_own_branch_is_no_prior() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from edge.abi import Origin, Service, Standing
+from edge.abi import Level, Origin, Service, Standing
 from edge.core.ledger import LedgerParams
-from edge.core.model import Entry, Event, Verdict
+from edge.core.model import Authentication, Entry, Event, Verdict
 from edge.core.prefix import Prefix
 from edge.core.reputation import ReputationParams
 from edge.core.rules import PolicyParams
@@ -103,7 +104,7 @@ def test_64_that_turns_out_to_be_shared_is_let_go() -> None:
 
 def test_one_good_neighbour_is_enough_to_be_shared() -> None:
     world = World()
-    world.tick(ham("2001:db8:1:2::25", 1))
+    world.tick(ham("2001:db8:1:2::25", 2), bad("2001:db8:1:2::a"), bad("2001:db8:1:2::b"))
     first_block(world, [bad("2001:db8:1:2::666") for _ in range(20)])
     assert world.blocks() == {"2001:db8:1:2::666/128"}
 
@@ -130,7 +131,7 @@ def test_good_children_of_a_blocked_48_become_holes() -> None:
 
 def test_hole_outlives_block_and_its_trial() -> None:
     world = World()
-    world.tick(ham("2001:db8:5:ff01::25", 1))  # weak: a narrow hole
+    world.tick(ham("2001:db8:5:ff01::25", 2))  # weak: a narrow hole
     for n in range(1, 40):
         world.attempt(bad(f"2001:db8:5:{n << 8:x}::1"))
     assert world.standing("2001:db8:5:ff01::/64") is Standing.SUSPECT
@@ -142,7 +143,7 @@ def test_hole_outlives_block_and_its_trial() -> None:
 
 def test_hole_of_a_growing_good_child_does_not_fall_shut() -> None:
     world = World()
-    world.tick(ham("2001:db8:5:ff01::25", 1))
+    world.tick(ham("2001:db8:5:ff01::25", 2))
     for n in range(1, 40):
         world.attempt(bad(f"2001:db8:5:{n << 8:x}::1"))
     for _ in range(13):
@@ -213,7 +214,7 @@ def test_filter_mistakes_block_nobody() -> None:
 
 
 def test_taken_over_good_sender_is_blocked_in_the_end() -> None:
-    world = World(CoreParams(ledger=LedgerParams(good_covered=1.0)))
+    world = World()
     for _ in range(211):
         world.tick(ham("2001:db8:1:2::25"))
     seen = 0
@@ -280,7 +281,7 @@ def test_sweep_of_random_64s_is_bounded() -> None:
         assert len(outcome.learned) <= 128
         assert len(outcome.decisions) <= 2 * 32 + 128
     assert outcome.counts.dropped_rows > 0
-    assert "2001:db8:1:2::/64" in world.blocks(), "the sweep must not hide who stays"
+    assert "2001:db8:1:2::7/128" in world.blocks(), "the sweep must not hide who stays"
 
 
 def test_every_suppressed_change_is_counted() -> None:
@@ -290,15 +291,29 @@ def test_every_suppressed_change_is_counted() -> None:
     assert outcome.counts.suppressed == {"changes": 8}
 
 
-def test_blocks_may_cover_only_so_much_good_traffic() -> None:
-    world = World(CoreParams(ledger=LedgerParams(good_covered_least=10.0)))
-    for _ in range(29):
-        world.tick(ham("2001:db8:1:2::25"))
+def test_wide_blocks_may_cover_only_so_much_good_traffic() -> None:
+    """Mail from senders nobody knows yet, one message each, below a /48 that turns bad."""
+    world = World(CoreParams(ledger=LedgerParams(good_covered=0.0, good_covered_least=0.0)))
+    for n in range(53):
+        world.tick([event(f"2001:db8:5:{n << 8 | 0x80:x}::25", Verdict.HAM)])
     held = 0
-    for _ in range(997):
-        held += world.tick(bad("2001:db8:1:2::25")).counts.suppressed.get("good_covered", 0)
-    assert world.blocks() == set()
+    for n in range(1, 256):
+        bads = [bad(f"2001:db8:5:{n << 8 | k:x}::1", 2) for k in range(2)]
+        held += world.tick(*bads).counts.suppressed.get("good_covered", 0)
+    assert world.standing("2001:db8:5::/48") is not Standing.BLOCK
     assert held > 0
+
+
+def test_own_good_mail_buys_nobody_out_of_a_block() -> None:
+    world = World()
+    for _ in range(307):
+        world.tick(ham("192.0.2.7"))
+    spam = 0
+    while not world.blocks():
+        spam += 1
+        assert spam <= 131
+        world.tick([event("192.0.2.7", Verdict.SPAM)])
+    assert world.blocks() == {"192.0.2.7/32"}
 
 
 def fixed(prefix: str, standing: Standing, origin: Origin = Origin.OPERATOR) -> Entry:
@@ -320,7 +335,7 @@ def test_no_parent_of_an_allowed_prefix_is_blocked() -> None:
     held = 0
     for n in range(1, 40):
         held += world.tick(bad(f"2001:db8:5:{n << 8:x}::1")).counts.suppressed.get("protected", 0)
-    assert all(block.endswith("/64") for block in world.blocks()), "the bad ones themselves, nothing around them"
+    assert all(block.endswith("/128") for block in world.blocks()), "the bad ones themselves, nothing around them"
     assert not world.is_blocked(event("2001:db8:5:9900::1"))
     assert held > 0
 
@@ -330,14 +345,14 @@ def test_block_expires_into_trial_and_relapse_doubles() -> None:
     lifetimes = []
     for _ in range(4):
         while not world.blocks():
-            world.tick(bad("2001:db8:1:2::7"))
+            world.tick(bad("192.0.2.7"))
         (entry,) = world.state.ledger.learned.values()
         assert entry.expires_s is not None
         lifetimes.append(entry.expires_s - world.now_s)
         world.tick(seconds=entry.expires_s - world.now_s + 1)
-        assert world.standing("2001:db8:1:2::/64") is Standing.BAD
+        assert world.standing("192.0.2.7/32") is Standing.BAD
         before = len(world.decisions)
-        world.tick(bad("2001:db8:1:2::7"))
+        world.tick(bad("192.0.2.7"))
         assert len(world.decisions) == before + 1, "one relapse is enough"
     assert lifetimes == [600.0, 1200.0, 2400.0, 4800.0]
 
@@ -354,9 +369,9 @@ def test_lifetime_doubles_and_is_capped() -> None:
 
 def test_clean_trial_ends_without_a_trace_in_force() -> None:
     world = World()
-    world.tick(bad("2001:db8:1:2::7", 11))
+    world.tick(bad("192.0.2.7", 11))
     world.tick(seconds=601.0)
-    assert world.standing("2001:db8:1:2::/64") is Standing.BAD
+    assert world.standing("192.0.2.7/32") is Standing.BAD
     world.tick(seconds=601.0)
     assert world.state.ledger.learned == {}
 
@@ -377,7 +392,7 @@ def test_adopted_block_stays_until_it_expires_and_counts_as_history() -> None:
     assert world.blocks() == {"2001:db8:1:2::/64"}
     world.tick(seconds=101.0)
     assert world.standing("2001:db8:1:2::/64") is Standing.BAD
-    world.tick(bad("2001:db8:1:2::7", 11))
+    world.tick(*(bad(f"2001:db8:1:2::{n:x}") for n in range(1, 12)))
     assert world.state.ledger.learned[found.key].expires_s == world.now_s + 1200.0
     assert min(d.id for d in world.decisions) > 4711
 
@@ -393,6 +408,99 @@ def test_nothing_pierces_by_accident() -> None:
     assert world.is_blocked(event("2001:db8:5:100::1"))
 
 
+def test_full_ledger_still_blocks() -> None:
+    world = World(CoreParams(ledger=LedgerParams(entries=101)))
+    for n in range(101):
+        world.tick(ham(f"2001:db8:{n:x}:1::1", 23))
+    assert len(world.state.ledger.learned) == 101
+    assert first_block(world, [bad("192.0.2.7") for _ in range(13)]) <= 11
+    assert len(world.state.ledger.learned) == 101
+    assert [d.entry.reason for d in world.decisions if d.action == "close"] == ["room for a block"]
+
+
+def test_same_few_blame_a_parent_once() -> None:
+    """Four bots have their /56 blocked. Back after it, they are blocked alone; a fifth brings the /56 down again."""
+    world = World()
+    bots = [f"2001:db8:5:{n:x}::1" for n in range(1, 5)]
+    world.tick(*(bad(bot) for bot in bots))
+    assert world.blocks() == {"2001:db8:5::/56"}
+    world.tick(seconds=601.0)
+    for _ in range(13):
+        world.attempt([bad(bot)[0] for bot in bots])
+    assert world.blocks() == {f"{bot}/128" for bot in bots}
+    world.attempt(bad("2001:db8:5:5::1"))
+    assert world.standing("2001:db8:5::/56") is Standing.BLOCK
+
+
+def test_bought_good_mail_shields_no_48() -> None:
+    """A hundred messages with SPF, one from each of as many /64s, before the snowshoe."""
+    print("seed", SEED)
+    draw, world = random.Random(SEED), World()
+    for n in range(101):
+        world.attempt([replace(event(f"2001:db8:5:{n << 8:x}::1", Verdict.HAM), spf=Authentication.PASS)])
+    spam = [event(f"2001:db8:5:{draw.getrandbits(16) | 1:x}::1", Verdict.SPAM) for _ in range(1009)]
+    passed = sum(world.attempt([e])[0] for e in spam)
+    print("passed of 1009:", passed)
+    assert passed <= 503
+
+
+def test_full_ledger_keeps_holes_and_blocks() -> None:
+    world = World(CoreParams(ledger=LedgerParams(entries=16)))
+    world.tick(ham("2001:db8:5:ff01::25", 2))
+    for n in range(1, 40):
+        world.attempt(bad(f"2001:db8:5:{n << 8:x}::1"))
+    for n in range(53):
+        world.tick(bad(f"192.{n}.2.1", 11))
+    assert not world.is_blocked(event("2001:db8:5:ff01::25"))
+    assert world.standing("2001:db8:5::/48") is Standing.BLOCK
+    assert len(world.state.ledger.learned) == 16
+
+
+def test_escalation_closes_the_blocks_it_makes_needless() -> None:
+    world = World()
+    for n in range(1, 6):
+        world.tick(*(bad(f"2001:db8:5:{n << 8:x}::{k:x}", 3) for k in range(3)))
+    assert len(world.blocks()) == 5
+    for n in range(6, 40):
+        world.attempt(bad(f"2001:db8:5:{n << 8:x}::1"))
+    assert world.blocks() == {"2001:db8:5::/48"}
+
+
+def test_block_inside_a_hole_stays_when_the_block_around_opens() -> None:
+    world = World()
+    world.tick(*(ham(f"2001:db8:5:ff01::{n:x}", 5) for n in range(1, 12)))
+    for _ in range(13):
+        world.tick(bad("2001:db8:5:ff01::bad"))
+    for n in range(1, 251):
+        world.attempt(bad(f"2001:db8:5:{n << 8:x}::1"))
+    assert world.blocks() == {"2001:db8:5::/48", "2001:db8:5:ff01::bad/128"}
+    assert not world.is_blocked(event("2001:db8:5:ff01::1"))
+
+
+def test_rotation_that_a_weak_filter_misses_a_third_of_is_blocked() -> None:
+    """Each address is heard once, and SPF passes for the spammer's own domain: that makes no good neighbour."""
+    print("seed", SEED)
+    for network in ("2001:db8:bad:1::{:x}", "2001:db8:bad:{:x}::1"):
+        draw, world, passed = random.Random(SEED), World(), 0
+        for _ in range(1009):
+            e = event(network.format(draw.getrandbits(16)), Verdict.HAM if draw.random() < 0.3 else Verdict.SPAM)
+            passed += world.attempt([replace(e, spf=Authentication.PASS)])[0]
+        assert passed <= 53
+
+
+def test_tables_are_not_scanned_for_each_parent() -> None:
+    """Judging hundreds of /56s beside a large table sorts it once."""
+    world = World()
+    for n in range(13):
+        world.tick(event(f"2003:{n:x}:{k:x}:1::1", Verdict.HAM) for k in range(997))
+    table = world.state.reputation.tables[Service.MX, Level.L64]
+    world.tick(*(bad(f"2001:db8:{k:x}:{n}::1") for k in range(101) for n in range(4)))
+    order = table.inside(0, (1 << 64) - 1)
+    assert len(order) == len(table) == 13 * 997 + 404
+    assert (np.diff(table.rows["hi"][order].astype(np.float64)) >= 0).all()
+    assert len(world.blocks()) == 101
+
+
 def test_32_is_blocked_only_where_allowed() -> None:
     for wide in (False, True):
         world = World(CoreParams(policy=PolicyParams(allow_wide=wide)))
@@ -403,9 +511,9 @@ def test_32_is_blocked_only_where_allowed() -> None:
 
 def test_every_decision_says_why_with_numbers() -> None:
     world = World()
-    world.tick(bad("2001:db8:1:2::7", 11))
+    world.tick(*(bad(f"2001:db8:1:2::{n:x}") for n in range(1, 12)))
     (decision,) = world.decisions
     assert decision.entry.reason == "11.0 of 11.0 weight bad at 2001:db8:1:2::/64, bound 0.87 >= 0.80"
-    assert (decision.action, decision.bad, decision.children) == ("open", 11.0, 1)
+    assert (decision.action, decision.bad, decision.children) == ("open", 11.0, 11)
     assert decision.entry.expires_s == world.now_s + 600.0
     assert decision.id == decision.entry.decision

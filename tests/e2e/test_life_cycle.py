@@ -135,11 +135,12 @@ def test_operator_entries_survive_kill_and_lost_pins(mail_host: Host) -> None:
 def test_learned_block_is_adopted(mail_host: Host) -> None:
     h = mail_host
     h.start()
-    h.reject_lines("2001:db8:bad:1::1", 40)
+    for n in range(1, 41):
+        h.reject_lines(f"2001:db8:bad:1::{n:x}", 1)
 
     def blocks() -> list[dict[str, object]]:
         found: list[dict[str, object]] = h.ask("list", "--standing", "block")["entries"]
-        return found
+        return [entry for entry in found if entry["level"] == 64]
 
     first = wait(blocks, "a block")[0]
     assert first["prefix"] == "2001:db8:bad:1::/64"

@@ -59,6 +59,14 @@ def test_every_verdict(verdict: str) -> None:
     assert event.verdict is Verdict[verdict.upper()]
 
 
+def test_null_is_absent() -> None:
+    """Writers say `null` of a message without signature."""
+    nulls = dict.fromkeys(("rcpt_ok", "rcpt_bad", "dkim", "dkim_domain", "spf"))
+    decoder = JsonLines()
+    assert decoder.feed(text(mta={"verdict": "ham", **nulls}), None) == decoder.feed(text(mta={"verdict": "ham"}), None)
+    assert decoder.counts()["unknown_keys"] == 0
+
+
 @pytest.mark.parametrize("mta", [..., None])
 @pytest.mark.parametrize("handshake", [True, False])
 def test_a_connection_without_verdict(mta: object, handshake: bool) -> None:
