@@ -330,6 +330,10 @@ INLINE u32 limit_rate(u64 now, const struct control *settings, struct asked *ask
 
 	if (!prepare(out, asked, places))
 		return REASON_INTERNAL;
+	/* Ask for every line before looking at any: the misses of cold lines then overlap. */
+#pragma unroll
+	for (u32 level = 0; level < LEVELS; level++)
+		(void)*(volatile u64 *)&places[level].line->tat_ns[0];
 #pragma nounroll
 	for (u64 attempt = 0; attempt < MAX_ATTEMPTS; attempt++) {
 		refused = ask(asked, places, now, &untracked_only);
