@@ -12,6 +12,7 @@ from typing import Any
 
 from edge.abi import Service, Standing
 from edge.core.belief import Belief, with_more_bad
+from edge.core.match import matches
 from edge.core.model import Entry
 from edge.core.prefix import LENGTHS, Prefix
 from edge.core.reputation import Reputation
@@ -34,8 +35,8 @@ def explain(
     levels = [prefix.parent(n) for n in LENGTHS if n <= prefix.length and not (prefix.ipv4 and n < 48)]
     if prefix not in levels:
         levels.insert(0, prefix)
-    covering = [entry for entry in entries.values() if entry.service is service and entry.prefix.contains(prefix)]
-    match = max(covering, key=lambda entry: entry.prefix.length, default=None)
+    covering = matches(entries, service, prefix)
+    match = covering[0] if covering else None
     return {
         "prefix": str(prefix),
         "service": service.name.lower(),

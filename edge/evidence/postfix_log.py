@@ -97,7 +97,7 @@ class _Session:
     """The client an smtpd process serves now."""
 
     address: bytes
-    warned: bool = False  # a login of this session has been reported
+    warned: bool = False  # a login of its client has been reported
     rejected: bool = False  # and a refusal by policy
     unknown: int = 0  # recipients refused since the last message: unknown ones
     unwanted: int = 0  # those refused by policy

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pyroute2 import IPRoute
 
@@ -46,8 +47,8 @@ def _default_routes() -> dict[str, int]:
     return found
 
 
-def _outgoing(row: object) -> list[int]:
+def _outgoing(row: Mapping[str, Any]) -> list[int]:
     """Interface indices of one route, several for a multipath route."""
-    attributes = dict(row["attrs"])  # type: ignore[index]  # a pyroute2 message is a dict without types
+    attributes = dict(row["attrs"])
     indices = [attributes["RTA_OIF"]] if "RTA_OIF" in attributes else []
     return indices + [int(hop["oif"]) for hop in attributes.get("RTA_MULTIPATH", [])]

@@ -22,7 +22,6 @@ BPF_XDP = 37  # enum bpf_attach_type: uapi/linux/bpf.h
 BPF_CGROUP_SOCK_OPS = 3
 XDP_GENERIC = 1 << 1  # XDP_FLAGS_SKB_MODE: uapi/linux/if_link.h
 XDP_NATIVE = 1 << 2  # XDP_FLAGS_DRV_MODE
-F_REPLACE = 4  # BPF_F_REPLACE for link updates
 PERCPU_TYPES = frozenset({5, 6, 10})  # percpu hash, percpu array, lru percpu hash
 BATCH = 65536  # rows a batched read; larger batches gain nothing (measured)
 
@@ -37,10 +36,6 @@ class BpfError(UnavailableError):
     def __reduce__(self) -> tuple[type[BpfError], tuple[str, int]]:
         """The loader is a child process: its errors must survive the way back."""
         return BpfError, (self.what, self.errno)
-
-
-class _XdpAttachOpts(c.Structure):
-    _fields_ = (("sz", c.c_size_t), ("old_prog_fd", c.c_int), ("pad", c.c_int))
 
 
 class _LinkCreateOpts(c.Structure):
@@ -183,9 +178,7 @@ _SIGNATURES: dict[str, list[object]] = {
     "bpf_map_lookup_elem": [c.c_int, c.c_void_p, c.c_void_p],
     "bpf_map_update_elem": [c.c_int, c.c_void_p, c.c_void_p, c.c_uint64],
     "bpf_map_delete_elem": [c.c_int, c.c_void_p],
-    "bpf_map_get_next_key": [c.c_int, c.c_void_p, c.c_void_p],
     "bpf_map_lookup_batch": [c.c_int, c.c_void_p, c.c_void_p, c.c_void_p, c.c_void_p, c.c_void_p, c.c_void_p],
-    "bpf_map_update_batch": [c.c_int, c.c_void_p, c.c_void_p, c.c_void_p, c.c_void_p],
     "bpf_prog_test_run_opts": [c.c_int, c.c_void_p],
     "bpf_xdp_attach": [c.c_int, c.c_int, c.c_uint32, c.c_void_p],
     "bpf_xdp_detach": [c.c_int, c.c_uint32, c.c_void_p],
