@@ -65,6 +65,11 @@ enum reason {
 	REASON_LIMIT_56,
 	REASON_LIMIT_48,
 	REASON_LIMIT_32,
+	REASON_OPEN_128,		/* as many open connections as the level allows */
+	REASON_OPEN_64,
+	REASON_OPEN_56,
+	REASON_OPEN_48,
+	REASON_OPEN_32,
 	REASON_LIMIT_UNTRACKED,		/* no level had room, shared budget spent */
 	REASON_RACE_LOST,		/* other CPUs won every retry; charges refunded */
 	/* the program itself; expected to stay 0 */
@@ -124,6 +129,10 @@ struct control {
 	__u32 policy_ranges;		/* entries in the range trie */
 	__u64 untracked_interval_ns;	/* GCRA of the budget shared when no level has room */
 	__u64 untracked_tolerance_ns;
+	__u32 forged_levels;	/* bit LEVEL_x: the map `forged` may hold one */
+	__u32 pad;
+	/* open connections from which a prefix is worth asking about, by service * LEVELS + level; 0: never */
+	__u32 crowded_from[SERVICES * LEVELS];
 };
 
 /* key of map destinations: a protected address, IPv4 as ::a.b.c.d. Writer: daemon. */
@@ -137,6 +146,7 @@ struct address {
 struct limit {
 	__u64 emission_interval_ns;	/* 1 / sustained rate */
 	__u64 burst_tolerance_ns;	/* (burst - 1) * emission interval */
+	__u64 open;			/* most connections open at once; 0 = no limit */
 };
 
 /* map policy: key of one entry at a level's length. Writer: daemon. */
@@ -181,17 +191,33 @@ struct counter {
 	__u64 dropped;
 };
 
-/* map handshakes, by /64 and service. Writer: the sockops program. */
-struct handshake_key {
-	__u64 hi;
-	__u32 service;
-	__u32 pad;
+/* map connections: what is known of the connections of one prefix at one level, two cache lines, in sets of four.
+ * Only completed handshakes make and change one. A row with an open connection is never given away.
+ * Writer: the sockops program. */
+#define TALLIES_PER_SET 4
+#define SKETCH_WORDS 4
+#define SKETCH_WINDOW_S 600
+struct tally {
+	__u64 tag;		/* see rows.h; 0: free, 1: changing hands */
+	__u64 open;		/* connections */
+	__u64 completed;	/* handshakes */
+	__u64 newcomers;	/* of those, from a child that had no row (address of a /64, /64 of a shorter prefix) */
+	__u64 last_ns;		/* CLOCK_MONOTONIC of the last change */
+	__u64 crowded;		/* 1: counted in the map `crowded` */
+	__u64 window;		/* which window `recent` counts */
+	__u64 pad;
+	__u64 recent[SKETCH_WORDS];	/* distinct children in that window (sketch.h) */
+	__u64 before[SKETCH_WORDS];	/* and in the one before */
 };
 
-struct handshakes {
-	__u64 completed;
-	__u64 closed;
-	__u64 last_ns;	/* CLOCK_MONOTONIC of the last completed one */
+/* map held, per socket: the rows that count it, as index + 1; 0: that level had no room. Writer: the sockops program. */
+struct held {
+	__u32 row[LEVELS];
+};
+
+/* map crowded_levels[1]: prefixes with as many open connections as control.crowded_from. Writer: the sockops program. */
+struct crowded_levels {
+	__u32 prefixes[LEVELS];
 };
 
 /* map verdicts[1], per CPU: how this CPU judged its last SYN. Writer: the XDP program. Its entry point
@@ -209,13 +235,14 @@ struct verdict {
 	__u8 drop;
 	__u8 cut;		/* first level that was not asked; LEVELS: all were */
 	__u8 standing[LEVELS];	/* of each level's own entry */
-	__u8 pad[4];
+	__u8 own;		/* bit LEVEL_x: asked for the budget of verified senders, the prefix being forged */
+	__u8 pad[3];
 };
 
 /* Every shared type, for the generator: one left out is missing in abi.py. */
 #define EDGE_ABI_ENUMS(X) X(level) X(service) X(reason) X(standing) X(origin) X(mode) X(control_flag)
 #define EDGE_ABI_STRUCTS(X) \
 	X(identity) X(control) X(limit) X(address) X(policy_key) X(range_key) X(policy_entry) \
-	X(line) X(counter) X(handshake_key) X(handshakes) X(verdict)
+	X(line) X(counter) X(tally) X(held) X(crowded_levels) X(verdict)
 
 #endif

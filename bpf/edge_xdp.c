@@ -3,7 +3,7 @@
  * The limiter: parse, policy by longest match, GCRA at every level, verdict, count.
  *
  * Invariants:
- *   admitted-by-all: a SYN passes only if every level asked admits it.
+ *   admitted-by-all: a SYN passes only if every level asked admits it, its rate and its open connections.
  *   charged-if-admitted: a level is charged only for a SYN that passes; on a lost race charges are
  *     given back and the decision is made again, at last refused (REASON_RACE_LOST).
  *   refusing-writes-nothing: a refused SYN writes no shared line, only this CPU's counter.
@@ -25,38 +25,6 @@ struct place {
 	struct line *line;
 	const struct limit *limit;
 };
-
-INLINE u32 level_base(u32 level)
-{
-	switch (level) {
-	case LEVEL_128:
-		return EDGE_BASE_128;
-	case LEVEL_64:
-		return EDGE_BASE_64;
-	case LEVEL_56:
-		return EDGE_BASE_56;
-	case LEVEL_48:
-		return EDGE_BASE_48;
-	default:
-		return EDGE_BASE_32;
-	}
-}
-
-INLINE u64 level_mask(u32 level)
-{
-	switch (level) {
-	case LEVEL_128:
-		return EDGE_LINES_128 - 1;
-	case LEVEL_64:
-		return EDGE_LINES_64 - 1;
-	case LEVEL_56:
-		return EDGE_LINES_56 - 1;
-	case LEVEL_48:
-		return EDGE_LINES_48 - 1;
-	default:
-		return EDGE_LINES_32 - 1;
-	}
-}
 
 INLINE void count(u32 reason, int drop)
 {
@@ -220,6 +188,7 @@ INLINE int prepare(const struct verdict *out, struct asked *asked, struct place 
 		limit = limits.lookup(&index);
 		if (!limit)
 			return 0;
+		asked[level].open = limit->open & -use;
 		use &= is_zero(limit->emission_interval_ns) ^ 1;
 		places[level].limit = limit;
 		asked[level].use = use;
@@ -300,16 +269,104 @@ INLINE int charge(struct asked *asked, struct place *places, u64 now)
 	return 0;
 }
 
-/* No level has room for this prefix: a verified sender passes, the others share one counted budget. */
-INLINE u32 judge_untracked(u64 now, const struct control *settings, const struct verdict *out)
+/* What the handshakes of a prefix say: how many of its connections are open, and whether there ever was one. */
+INLINE void read_tally(u32 level, u64 mixed, u64 service, u64 *open, u64 *known)
 {
-	struct handshake_key key = { .hi = out->hi, .service = out->service };
+	u64 tag = tally_tag(mixed, tally_set_mask(level), service & 1), is_own;
+	u32 index = tally_first(level, mixed);
+	struct tally *row;
+
+	*open = 0;
+	*known = 0;
+#pragma unroll
+	for (u32 way = 0; way < TALLIES_PER_SET; way++, index++) {
+		row = connections.lookup(&index);
+		if (!row)
+			return;
+		is_own = is_zero(row->tag ^ tag);
+		*known |= is_own;
+		*open |= row->open & -is_own;
+	}
+}
+
+/* The shortest level asked at which as many connections are open as its limit allows, or LEVELS. */
+INLINE u32 crowded_level(const struct asked *asked, const struct verdict *out)
+{
+	struct policy_key key = { .service = out->service };
+	struct crowded_levels *levels;
+	u32 zero = 0, refused = LEVELS;
+
+	levels = crowded_levels.lookup(&zero);
+	if (!levels || !(levels->prefixes[LEVEL_128] | levels->prefixes[LEVEL_64] | levels->prefixes[LEVEL_56] |
+			 levels->prefixes[LEVEL_48] | levels->prefixes[LEVEL_32]))
+		return LEVELS;
+#pragma unroll
+	for (u32 level = 0; level < LEVELS; level++) {
+		u32 slot = crowded_slot(level, asked[level].mixed), *marked;
+		u64 most = asked[level].open, open, known;
+		s64 *correction;
+
+		if (!most)
+			continue;
+		marked = crowded.lookup(&slot);
+		if (!marked || !*marked)
+			continue;
+		key.hi = level_hi(out->hi, level);
+		key.lo = level == LEVEL_128 ? out->lo : 0;
+		key.length = level_length(level);
+		read_tally(level, asked[level].mixed, out->service, &open, &known);
+		correction = corrections.lookup(&key);
+		if (correction)
+			open += *correction;
+		/* more corrected away than is there: others closed meanwhile */
+		if ((s64)open >= (s64)most)
+			refused = level;
+	}
+	return refused;
+}
+
+/* Where most SYNs of a prefix are forged, those of its senders who completed a handshake before are charged to
+ * a row of their own, with the same limit: what a forger spends is the others'. It bounds as well who forges
+ * his own network to be spared: he gets twice its limit. A forger of a verified sender's very address spends
+ * the verified senders' budget; only a challenge tells the two apart. */
+INLINE void spare_verified(u64 now, u64 seed, const struct control *settings, struct asked *asked, struct verdict *out)
+{
+	struct policy_key key = { .service = out->service };
+	u64 forged_here = 0, open, known_address = 0, known_64;
+
+#pragma unroll
+	for (u32 level = LEVEL_64; level < LEVELS; level++) {
+		u64 *until;
+
+		if (!asked[level].use || !(settings->forged_levels & (1 << level)))
+			continue;
+		key.hi = level_hi(out->hi, level);
+		key.length = level_length(level);
+		until = forged.lookup(&key);
+		if (until && *until > now)
+			forged_here |= 1 << level;
+	}
+	if (!forged_here)
+		return;
+	if (!out->ipv4)
+		read_tally(LEVEL_128, mixed_key(out->hi, out->lo, seed), out->service, &open, &known_address);
+	read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known_64);
+	out->own = forged_here & ((known_address << LEVEL_64) | (known_64 * (~0ull << LEVEL_56)));
+#pragma unroll
+	for (u32 level = LEVEL_64; level < LEVELS; level++)
+		asked[level].tag |= ROW_OF_VERIFIED & -((u64)(out->own >> level) & 1);
+}
+
+/* No level has room for this prefix: a verified sender passes, the others share one counted budget. */
+INLINE u32 judge_untracked(u64 now, u64 seed, const struct control *settings, const struct verdict *out)
+{
 	struct limit limit = { .emission_interval_ns = settings->untracked_interval_ns,
 			       .burst_tolerance_ns = settings->untracked_tolerance_ns };
+	u64 *tat, seen, base, open, known;
 	u32 zero = 0;
-	u64 *tat, seen, base;
 
-	if (handshakes.lookup(&key))
+	read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known);
+	if (known)
 		return REASON_VERIFIED;
 	tat = untracked.lookup(&zero);
 	if (!tat)
@@ -322,7 +379,7 @@ INLINE u32 judge_untracked(u64 now, const struct control *settings, const struct
 	return REASON_UNTRACKED;
 }
 
-INLINE u32 limit_rate(u64 now, const struct control *settings, struct asked *asked, struct verdict *out)
+INLINE u32 limit_rate(u64 now, u64 seed, const struct control *settings, struct asked *asked, struct verdict *out)
 {
 	struct place places[LEVELS];
 	u64 untracked_only;
@@ -330,6 +387,13 @@ INLINE u32 limit_rate(u64 now, const struct control *settings, struct asked *ask
 
 	if (!prepare(out, asked, places))
 		return REASON_INTERNAL;
+	if (settings->forged_levels)
+		spare_verified(now, seed, settings, asked, out);
+	refused = crowded_level(asked, out);
+	if (refused < LEVELS) {
+		out->length = level_length(refused);
+		return REASON_OPEN_128 + refused;
+	}
 	/* Ask for every line before looking at any: the misses of cold lines then overlap. */
 #pragma unroll
 	for (u32 level = 0; level < LEVELS; level++)
@@ -342,7 +406,7 @@ INLINE u32 limit_rate(u64 now, const struct control *settings, struct asked *ask
 			return REASON_LIMIT_128 + refused;
 		}
 		if (untracked_only)
-			return judge_untracked(now, settings, out);
+			return judge_untracked(now, seed, settings, out);
 		if (charge(asked, places, now))
 			return out->cut < LEVELS ? REASON_CONFORMING_GOOD : REASON_CONFORMING;
 	}
@@ -391,7 +455,7 @@ INLINE u32 judge(const struct packet *packet, int recorded, const struct control
 	match_policy(now, made->seed, settings, working->asked, out);
 	if (out->reason != REASON_INTERNAL)
 		return out->reason;
-	return limit_rate(now, settings, working->asked, out);
+	return limit_rate(now, made->seed, settings, working->asked, out);
 }
 
 INLINE int finish(u32 reason, const struct control *settings)

@@ -54,10 +54,36 @@ EDGE_MAP("array", u32, u64, untracked, 1, 0);
 /* counters[reason], per CPU. Writer: program. Reader: daemon. */
 EDGE_MAP("percpu_array", u32, struct counter, counters, REASONS, 0);
 
-/* handshakes: completed and closed connections by /64 and service. Writer: sockops program. Readers:
- * daemon; program, only when no level had room. Full: the least recently used goes (LRU): only
- * completed handshakes write here, so forged SYNs cannot push anyone out. */
-EDGE_MAP("lru_hash", struct handshake_key, struct handshakes, handshakes, EDGE_HANDSHAKES, 0);
+/* connections: a tally of connections for each prefix that completed a handshake, one region of sets a level
+ * (EDGE_SETS_x sets from EDGE_SET_BASE_x on). Writer: sockops program. Readers: daemon, through one memory
+ * mapping; XDP program, only where a prefix is crowded or forged, or no level had room. Full (four rows with
+ * open connections in a set): the connection is not counted at that level; only completed handshakes write
+ * here, so forged SYNs cannot push anyone out. */
+EDGE_MAP("array", u32, struct tally, connections, EDGE_SETS * TALLIES_PER_SET, BPF_F_MMAPABLE);
+
+/* held: which rows count a socket's connection, kept with the socket, so that its end is counted where its
+ * beginning was. Writer and reader: sockops program. Full (no memory): the connection is not counted. */
+EDGE_MAP("sk_storage", int, struct held, held, 0, BPF_F_NO_PREALLOC);
+
+/* crowded_levels[0]: how many prefixes of a level have as many open connections as the tightest limit allows,
+ * so that a SYN asks about open connections only while somebody is near a limit. Writer: sockops program.
+ * Reader: XDP program. */
+EDGE_MAP("array", u32, struct crowded_levels, crowded_levels, 1, 0);
+
+/* crowded[level * CROWDED_SLOTS + slot]: the same by a few bits of the mixed key. Writer: sockops program.
+ * Reader: XDP program. */
+EDGE_MAP("array", u32, u32, crowded, LEVELS * CROWDED_SLOTS, 0);
+
+/* corrections: open connections that `connections` does not know of, or counts too many, by the kernel's socket
+ * table. Writer: daemon. Readers: both programs. Full: the daemon counts and logs what found no room. */
+EDGE_MAP("hash", struct policy_key, s64, corrections, 16384, BPF_F_NO_PREALLOC);
+
+/* uncounted[level]: connections for which a level had no room. Writer: sockops program. Reader: daemon. */
+EDGE_MAP("array", u32, u64, uncounted, LEVELS, 0);
+
+/* forged: prefixes most of whose SYNs are forged, until when (CLOCK_MONOTONIC). Writer: daemon. Reader: XDP
+ * program. Full: the daemon leaves the others out. */
+EDGE_MAP("hash", struct policy_key, u64, forged, 4096, BPF_F_NO_PREALLOC);
 
 /* verdicts[0], per CPU: how this CPU judged its last SYN; the clock of recorded packets comes in here.
  * Writer: program. Reader: `edge packets`. Kept in a map and not on the stack (512 bytes), and so that
@@ -70,7 +96,8 @@ EDGE_MAP("percpu_array", u32, struct verdict, verdicts, 1, 0);
 struct asked {
 	u64 mixed;	/* mixed key of the prefix at this level */
 	u64 tag;
-	u64 use;	/* 1: this level is asked */
+	u64 use;	/* 1: this level's rate is asked */
+	u64 open;	/* most open connections; 0: not asked */
 	struct row row;
 };
 struct scratch {

@@ -33,10 +33,13 @@ INLINE __u64 mixed_key(__u64 hi, __u64 lo, __u64 seed)
 	return lo ? mix(mix(hi ^ seed) ^ lo) : mix(hi ^ seed);
 }
 
+/* In a tag: the row is the prefix's second one, the budget of its verified senders while it is forged. */
+#define ROW_OF_VERIFIED 2ull
+
 /* Tag bits that tell rows of one line apart, for a level of `line_mask` + 1 lines. */
 INLINE __u64 tag_bits(__u64 line_mask)
 {
-	return ~line_mask | 1;
+	return ~line_mask | ROW_OF_VERIFIED | 1;
 }
 
 INLINE __u64 row_tag(__u64 mixed, __u64 line_mask, __u64 service)

@@ -4,9 +4,12 @@ import enum
 
 import numpy as np
 
+ABI_ID = 0x2179917147B2BAAD  # of everything below
 ABI_VERSION = 1
-ABI_ID = 0x17C54B9DEC56894B  # of everything below
 ROWS_PER_LINE = 4
+TALLIES_PER_SET = 4
+SKETCH_WORDS = 4
+SKETCH_WINDOW_S = 600
 LEVELS = 5
 
 
@@ -30,7 +33,7 @@ class Service(enum.IntEnum):
     SUBMISSION = 1
 
 
-REASONS = 28
+REASONS = 33
 
 
 class Reason(enum.IntEnum):
@@ -61,9 +64,14 @@ class Reason(enum.IntEnum):
     LIMIT_56 = 22
     LIMIT_48 = 23
     LIMIT_32 = 24
-    LIMIT_UNTRACKED = 25
-    RACE_LOST = 26
-    INTERNAL = 27
+    OPEN_128 = 25
+    OPEN_64 = 26
+    OPEN_56 = 27
+    OPEN_48 = 28
+    OPEN_32 = 29
+    LIMIT_UNTRACKED = 30
+    RACE_LOST = 31
+    INTERNAL = 32
 
 
 STANDINGS = 6
@@ -120,7 +128,7 @@ IDENTITY = np.dtype(  # 32 bytes
         ("created_ns", "<u8"),
     ]
 )
-CONTROL = np.dtype(  # 48 bytes
+CONTROL = np.dtype(  # 96 bytes
     [
         ("heartbeat_ns", "<u8"),
         ("heartbeat_grace_ns", "<u8"),
@@ -130,12 +138,16 @@ CONTROL = np.dtype(  # 48 bytes
         ("policy_ranges", "<u4"),
         ("untracked_interval_ns", "<u8"),
         ("untracked_tolerance_ns", "<u8"),
+        ("forged_levels", "<u4"),
+        ("pad", "<u4"),
+        ("crowded_from", "<u4", (10,)),
     ]
 )
-LIMIT = np.dtype(  # 16 bytes
+LIMIT = np.dtype(  # 24 bytes
     [
         ("emission_interval_ns", "<u8"),
         ("burst_tolerance_ns", "<u8"),
+        ("open", "<u8"),
     ]
 )
 ADDRESS = np.dtype(  # 16 bytes
@@ -182,18 +194,28 @@ COUNTER = np.dtype(  # 16 bytes
         ("dropped", "<u8"),
     ]
 )
-HANDSHAKE_KEY = np.dtype(  # 16 bytes
+TALLY = np.dtype(  # 128 bytes
     [
-        ("hi", "<u8"),
-        ("service", "<u4"),
-        ("pad", "<u4"),
+        ("tag", "<u8"),
+        ("open", "<u8"),
+        ("completed", "<u8"),
+        ("newcomers", "<u8"),
+        ("last_ns", "<u8"),
+        ("crowded", "<u8"),
+        ("window", "<u8"),
+        ("pad", "<u8"),
+        ("recent", "<u8", (4,)),
+        ("before", "<u8", (4,)),
     ]
 )
-HANDSHAKES = np.dtype(  # 24 bytes
+HELD = np.dtype(  # 20 bytes
     [
-        ("completed", "<u8"),
-        ("closed", "<u8"),
-        ("last_ns", "<u8"),
+        ("row", "<u4", (5,)),
+    ]
+)
+CROWDED_LEVELS = np.dtype(  # 20 bytes
+    [
+        ("prefixes", "<u4", (5,)),
     ]
 )
 VERDICT = np.dtype(  # 48 bytes
@@ -210,6 +232,7 @@ VERDICT = np.dtype(  # 48 bytes
         ("drop", "<u1"),
         ("cut", "<u1"),
         ("standing", "<u1", (5,)),
-        ("pad", "<u1", (4,)),
+        ("own", "<u1"),
+        ("pad", "<u1", (3,)),
     ]
 )

@@ -25,7 +25,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -46,7 +46,8 @@ from edge.core.match import Entries, scorable
 from edge.core.model import Decision, Entry, batch
 from edge.core.plan import plan
 from edge.core.policy import desired
-from edge.core.prefix import Prefix
+from edge.core.prefix import LENGTHS, Prefix
+from edge.core.reconcile import OPEN, Reconciler, differences
 from edge.core.snapshot import Snapshot, delta
 from edge.core.step import Inputs, Outcome, State, adopt, step
 from edge.errors import UnavailableError
@@ -56,6 +57,7 @@ from edge.kernel.loader import Attachment
 from edge.kernel.maps import Tables
 from edge.kernel.nft import NftSets
 from edge.kernel.pins import Pins
+from edge.kernel.sockets import OpenConnections, open_connections, per_prefix
 from edge.metrics import Exporter, Metrics, SourceMetrics, TickTimes
 from edge.sources import Sources
 from edge.store import Store
@@ -66,10 +68,10 @@ log = logging.getLogger(__name__)
 INTERFACES_EVERY_S = 2.0
 """How long a re-created interface may stay without its program; asking costs two netlink messages each."""
 
-MOST_SATURATED = 64
-"""Prefixes with a spent limit that are looked at in a tick; a forger of more networks at once thins its own flood."""
-
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+RECONCILE_EVERY_S = 30.0
+"""Connections that were open before us end within minutes; reading 50,000 sockets takes 0.1 s of a thread."""
 
 EXEMPTIONS_EVERY_S = 300.0
 """Addresses of interfaces and mynetworks change rarely; asking costs a process."""
@@ -193,28 +195,50 @@ class Daemon:
             batch(self.sources.poll()), self.state.guard(fixed), exempt_private=self.config.exempt.private
         )
         inputs = Inputs(
-            events=events, delta=delta(before, self.snapshot), fixed=fixed, saturated=self._saturated(began_s)
+            events=events,
+            delta=delta(before, self.snapshot),
+            fixed=fixed,
+            saturated=self._saturated(self.snapshot.limited),
         )
         self.outcome = step(self.state, inputs, began_s, self.config.core)
         self.totals.suppressed.update(self.outcome.counts.suppressed)
+        self._mark_forged(self.outcome.forged)
         self._install(began_s)
         self._record(self.outcome.decisions)
         self.totals.last_tick_s = self.clock.now_s() - began_s
         self.totals.ticks = self.totals.ticks.with_tick(self.totals.last_tick_s)
 
-    def _saturated(self, now_s: float) -> tuple[Saturated, ...]:
-        """The /64s that have spent their limit, worst first."""
+    def _saturated(self, limited: np.ndarray) -> tuple[Saturated, ...]:
+        """The prefixes that have spent their limit, worst of each level first."""
         found = []
-        for row in self.tables.rows.furthest(Level.L64, int(now_s * 1e9), MOST_SATURATED):
-            prefix = Prefix(row.hi, 0, 64)
-            entry = self.desired.get((row.service, prefix))
-            standing = Standing.NEW if entry is None else entry.standing
-            limit = self.config.limits.of(row.service, standing, Level.L64)
-            interval_s = limit.emission_interval_ns / 1e9
-            # half a burst is used up in good times too; spent is what leaves no room for two more
-            if interval_s and row.ahead_s > limit.burst_tolerance_ns / 1e9 - 2 * interval_s:
-                found.append(Saturated(service=row.service, prefix=prefix, admits_per_s=1 / interval_s))
+        for row in limited:
+            level, service = Level(int(row["level"])), Service(int(row["service"]))
+            prefix = Prefix(int(row["hi"]), 0, LENGTHS[level])
+            entry = self.desired.get((service, prefix))
+            limit = self.config.limits.of(service, Standing.NEW if entry is None else entry.standing, level)
+            if limit.rate_per_min and row["ahead_s"] * 1e9 > limit.spent_ns:
+                found.append(Saturated(service=service, prefix=prefix, admits_per_s=limit.rate_per_min / 60))
         return tuple(found)
+
+    def correct_open(self, reconciler: Reconciler, found: OpenConnections) -> None:
+        """Tell the kernel which of its counts of open connections the socket table contradicts."""
+        differing: dict[tuple[Service, Prefix], int] = {}
+        for level in (Level.L64, Level.L56, Level.L48, Level.L32):
+            known, counted = self.tables.connections.open(level), per_prefix(found, level)
+            actual = np.empty(len(counted), OPEN)
+            for name in ("hi", "service", "count"):
+                actual[name] = counted[name]
+            differing |= differences(known, actual, LENGTHS[level], found.listening)
+        self.tables.corrections.write(reconciler.observe(differing))
+
+    def _mark_forged(self, forged: Mapping[tuple[Service, Prefix], float]) -> None:
+        """Tell the kernel, and the log what is new or over."""
+        marks = self.tables.forged
+        before = set(marks.held)
+        marks.write({key: int(until_s * 1e9) for key, until_s in forged.items()})
+        for word, keys in (("forged", forged.keys() - before), ("no longer forged", before - forged.keys())):
+            for service, prefix in sorted(keys):
+                log.warning(word, extra={"fields": {"prefix": prefix, "service": service.name.lower()}})
 
     def _install(self, now_s: float) -> None:
         """Make kernel and nftables hold what is wanted, by differences."""
@@ -279,7 +303,7 @@ class Daemon:
             nftables_elements=0 if nft is None else nft.elements,
             nftables_repairs=0 if nft is None else nft.repairs,
             journal_lost=self.store.lost,
-            forged_prefixes=0 if self.outcome is None else self.outcome.counts.forged,
+            forged_prefixes=len(self.tables.forged.held),
             suppressed=dict(self.totals.suppressed),
             violations={
                 "every-map-is-there": int(self.snapshot.counters[Reason.INTERNAL].sum()),
@@ -365,7 +389,7 @@ async def _serve(config: Config, attached: dict[str, Attachment], exempt: list[E
         if config.metrics.enabled:
             host, port = exporter.start(*listen_address(config.metrics.listen))
             log.info("metrics", extra={"fields": {"url": f"http://{host}:{port}/metrics"}})
-        works = _refresh_exemptions(daemon), _watch_interfaces(daemon)
+        works = _refresh_exemptions(daemon), _watch_interfaces(daemon), _reconcile(daemon)
         beside = [asyncio.create_task(_beside(daemon, stop, work)) for work in works]
         try:
             await _loop(daemon, exporter, stop)
@@ -402,6 +426,20 @@ async def _refresh_exemptions(daemon: Daemon) -> None:
             log.error("exemptions not read again: the last ones stay", extra={"fields": {"error": error}})
             continue
         daemon.exempt_now(fresh)
+
+
+async def _reconcile(daemon: Daemon) -> None:
+    """Compare the open connections with the kernel's socket table. Read in a thread: it waits for netlink."""
+    ports = {port: service for service in Service for port in daemon.config.services.ports(service)}
+    reconciler = Reconciler()
+    while True:
+        try:
+            found = await asyncio.to_thread(open_connections, ports)
+        except UnavailableError as error:
+            log.error("open connections not compared", extra={"fields": {"error": error}})
+        else:
+            daemon.correct_open(reconciler, found)
+        await asyncio.sleep(RECONCILE_EVERY_S)
 
 
 async def _watch_interfaces(daemon: Daemon) -> None:

@@ -75,7 +75,7 @@ class Protect(Section, frozen=True):
 
 
 class Limit(Section, frozen=True):
-    """One GCRA limit: a sustained rate, and how many may come at once."""
+    """One limit: a sustained rate of new connections, how many may come at once, and how many may be open."""
 
     rate_per_min: Annotated[
         float,
@@ -83,6 +83,9 @@ class Limit(Section, frozen=True):
     ] = 0.0
     burst: Annotated[
         int, Meta(ge=0, le=1_000_000, description="New connections that may come at once before the rate applies.")
+    ] = 0
+    open: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="Connections that may be open at the same time; 0 = any number.")
     ] = 0
 
     @property
@@ -94,6 +97,12 @@ class Limit(Section, frozen=True):
     def burst_tolerance_ns(self) -> int:
         """How far the theoretical arrival time may lie ahead: (burst - 1) emission intervals (abi.LIMIT)."""
         return max(self.burst - 1, 0) * self.emission_interval_ns
+
+    @property
+    def spent_ns(self) -> int:
+        """How far ahead the arrival time of a spent limit lies: half a burst is used up in good times too, so spent is
+        what leaves no room for two more."""
+        return max(0, self.burst_tolerance_ns - 2 * self.emission_interval_ns)
 
 
 class LevelLimits(Section, frozen=True, rename={"l128": "128", "l64": "64", "l56": "56", "l48": "48", "l32": "32"}):
@@ -110,13 +119,21 @@ class LevelLimits(Section, frozen=True, rename={"l128": "128", "l64": "64", "l56
         return (self.l128, self.l64, self.l56, self.l48, self.l32)[level]
 
 
-def _levels(**limits: tuple[float, int]) -> LevelLimits:
-    """Limits written as l64=(rate_per_min, burst); a level left out has none."""
-    return LevelLimits(**{name: Limit(rate_per_min=rate, burst=burst) for name, (rate, burst) in limits.items()})
+def _levels(**limits: tuple[float, int, int]) -> LevelLimits:
+    """Limits written as l64=(rate_per_min, burst, open); a level left out has none."""
+    return LevelLimits(
+        **{name: Limit(rate_per_min=rate, burst=burst, open=most) for name, (rate, burst, most) in limits.items()}
+    )
 
 
-NEW = _levels(l64=(600, 300), l56=(3000, 1500), l48=(6000, 3000), l32=(30000, 15000))
-GOOD = _levels(l128=(600, 300), l64=(1200, 600), l56=(6000, 3000), l48=(12000, 6000), l32=(60000, 30000))
+NEW = _levels(l64=(600, 300, 50), l56=(3000, 1500, 250), l48=(6000, 3000, 500), l32=(30000, 15000, 2500))
+GOOD = _levels(
+    l128=(600, 300, 100),
+    l64=(1200, 600, 200),
+    l56=(6000, 3000, 1000),
+    l48=(12000, 6000, 2000),
+    l32=(60000, 30000, 10000),
+)
 
 
 class MxLimits(Section, frozen=True):
@@ -128,7 +145,8 @@ class MxLimits(Section, frozen=True):
             description="Senders without a record: a flood guard and nothing more. Replayed on recorded legitimate "
             "mail, 600 a minute with a burst of 300 at /64 refused nothing, 300/300 refused 0.2-0.7 %, 30/60 "
             "already 5-9 %. Shorter prefixes allow more (x5, x10, x50), since they hold many senders. No limit per "
-            "address: an attacker in a /64 has 2^64 of them."
+            "address: an attacker in a /64 has 2^64 of them. 50 open connections are what Postfix allows a client "
+            "(smtpd_client_connection_count_limit), which counts by /84: a /64 can hold every process it has."
         ),
     ] = NEW
     good: Annotated[
@@ -146,14 +164,14 @@ class MxLimits(Section, frozen=True):
             "in general this would refuse 10-20 %, so it needs evidence). Shorter prefixes hold bystanders and get "
             "more."
         ),
-    ] = _levels(l128=(10, 20), l64=(10, 20), l56=(30, 60), l48=(60, 120), l32=(300, 600))
+    ] = _levels(l128=(10, 20, 10), l64=(10, 20, 10), l56=(30, 60, 30), l48=(60, 120, 60), l32=(300, 600, 300))
     bad: Annotated[
         LevelLimits,
         Meta(
             description="Much evidence, or out of a block on probation: one connection in five minutes at /64 lets a "
             "repaired server show that it is well (Haraka gives its bad senders 1 in 15 minutes)."
         ),
-    ] = _levels(l128=(0.2, 1), l64=(0.2, 1), l56=(0.5, 2), l48=(1, 5), l32=(5, 20))
+    ] = _levels(l128=(0.2, 1, 2), l64=(0.2, 1, 2), l56=(0.5, 2, 4), l48=(1, 5, 8), l32=(5, 20, 40))
 
 
 class SubmissionLimits(Section, frozen=True):
@@ -168,13 +186,13 @@ class SubmissionLimits(Section, frozen=True):
         Meta(
             description="Some failed logins: 30 a minute still carries an office whose one phone has an old password."
         ),
-    ] = _levels(l128=(30, 60), l64=(30, 60), l56=(60, 120), l48=(120, 240), l32=(600, 1200))
+    ] = _levels(l128=(30, 60, 20), l64=(30, 60, 20), l56=(60, 120, 60), l48=(120, 240, 120), l32=(600, 1200, 600))
     bad: Annotated[
         LevelLimits,
         Meta(
             description="Password guessing: 1 a minute is 1440 guesses a day at most, and users there may still log in."
         ),
-    ] = _levels(l128=(1, 5), l64=(1, 5), l56=(2, 10), l48=(5, 20), l32=(20, 60))
+    ] = _levels(l128=(1, 5, 5), l64=(1, 5, 5), l56=(2, 10, 10), l48=(5, 20, 20), l32=(20, 60, 60))
 
 
 class Limits(Section, frozen=True):
@@ -366,6 +384,13 @@ class Tables(Section, frozen=True):
     rows_32: Annotated[Rows, Meta(description="The registries have made about 49,000 delegations of /32 or wider.")] = (
         1 << 16
     )
+    connections: Annotated[
+        Rows,
+        Meta(
+            description="Tallies of connections by /64 and by IPv4 address: the senders that count as verified. With "
+            "those of the other levels 296 bytes each: 37 MiB by default."
+        ),
+    ] = 1 << 17
 
     def rows(self, level: Level) -> int:
         """Rows of one level."""

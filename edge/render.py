@@ -124,8 +124,8 @@ def explain(out: Console, answer: Answer) -> None:
     levels = sorted(answer.get("levels") or (), key=_level_order)
     titles: tuple[str, ...] = ("Evidence", "bad", "good", "events", "last", "prior", "mean", "bound", "bad/good below")
     _print(out, titles, [_evidence(level) for level in levels], right=range(1, 9))
-    titles = ("Kernel", "limit", "left", "handshakes", "prefix")
-    _print(out, titles, [_kernel(level) for level in levels], right=(2,))
+    titles = ("Kernel", "limit", "left", "open", "completed", "distinct", "prefix")
+    _print(out, titles, [_kernel(level) for level in levels], right=(2, 3, 4, 5))
     out.print()
     for level in levels:
         entry = level.get("entry")
@@ -222,20 +222,17 @@ def _evidence(level: Answer) -> tuple[str, ...]:
 
 
 def _kernel(level: Answer) -> tuple[str, ...]:
-    limit = level.get("limit") or {}
+    limit, counted = level.get("limit") or {}, level.get("connections") or {}
+    most = counted.get("most_open")
     return (
         _length_text(level),
         f"{limit.get('rate_per_min'):g}/min, burst {limit.get('burst')}" if limit.get("rate_per_min") else "none",
         _number(level.get("tokens_left")),
-        _handshakes(level.get("handshakes") or {}),
-        str(level.get("prefix", "?")),
+        f"{counted.get('open', '-')}" + (f" of {most}" if most else ""),
+        f"{counted.get('completed', '-')}",
+        "-" if counted.get("distinct") is None else f"{counted['distinct']:.0f}",
+        str(level.get("prefix", "?")) + (", forged" if level.get("forged") else ""),
     )
-
-
-def _handshakes(counted: Answer) -> str:
-    if counted.get("completed") is None:
-        return "-"
-    return f"{counted['completed']}, {counted.get('open')} open"
 
 
 def _verdict(verdict: Answer) -> Text:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edge.abi import Level, Origin, Reason, Service, Standing
 from edge.core.explain import explain
 from edge.core.match import is_private, longest, matches, refuses
@@ -158,12 +156,15 @@ class Verbs:
             return {"action": "pass", "reason": entry.reason, "prefix": str(entry.prefix)}
         shortest = entry.prefix.length if entry is not None and entry.standing is Standing.GOOD else 0
         for length, level in reversed(list(zip(LENGTHS, Level, strict=True))):
-            if (
-                not shortest <= length <= prefix.length
-                or self._tokens(prefix.parent(length), service, level, now_s) != 0
-            ):
-                continue
             at = prefix.parent(length)
+            if not shortest <= length <= prefix.length:
+                continue
+            counted = self._connections(at, service, now_s)
+            if counted and counted["most_open"] and counted["open"] >= counted["most_open"]:
+                reason = f"{counted['open']} connections open at {at}, as many as its limit allows{suffix}"
+                return {"action": "limit", "reason": reason, "prefix": str(at)}
+            if self._tokens(at, service, level, now_s) != 0:
+                continue
             return {"action": "limit", "reason": f"rate limit at {at} is used up{suffix}", "prefix": str(at)}
         if entry is None:
             return {"action": "pass", "reason": "no entry, static limits only", "prefix": None}
@@ -180,7 +181,7 @@ class Verbs:
         if level is not None:
             configured = daemon.config.limits.of(service, _limit_class(entry), level)
             if configured.emission_interval_ns:
-                limit = {"rate_per_min": configured.rate_per_min, "burst": configured.burst}
+                limit = {"rate_per_min": configured.rate_per_min, "burst": configured.burst, "open": configured.open}
                 tokens = self._tokens(at, service, level, now_s)
         return {
             "prefix": row["prefix"],
@@ -197,7 +198,8 @@ class Verbs:
             "good_children": row["good_children"],
             "limit": limit,
             "tokens_left": tokens,
-            "handshakes": self._handshakes(at, service),
+            "connections": self._connections(at, service, now_s),
+            "forged": (service, at) in daemon.tables.forged.held,
             "entry": None if entry is None else self._entry(entry),
             "outlook": row["change"],
         }
@@ -220,17 +222,26 @@ class Verbs:
             ahead_ns = limit.burst_tolerance_ns  # charged under a tighter limit: see bpf/gcra.h
         return max(0, (limit.burst_tolerance_ns - ahead_ns) // limit.emission_interval_ns + 1)
 
-    def _handshakes(self, prefix: Prefix, service: Service) -> Answer:
-        """Completed and open connections at or below a /64 or shorter; the kernel counts no longer prefixes."""
-        snapshot = self._daemon.snapshot
-        if snapshot is None or prefix.length > LENGTHS[Level.L64]:
-            return {"completed": None, "open": None}
-        first = np.uint64(prefix.hi)
-        last = np.uint64(prefix.hi | (1 << (64 - prefix.length)) - 1)
-        rows = snapshot.handshakes
-        inside = rows[(rows["hi"] >= first) & (rows["hi"] <= last) & (rows["service"] == service)]
-        completed, closed = int(inside["completed"].sum()), int(inside["closed"].sum())
-        return {"completed": completed, "open": max(0, completed - closed)}
+    def _connections(self, prefix: Prefix, service: Service, now_s: float) -> Answer | None:
+        """Open connections, completed handshakes, and distinct children of late; None between the levels."""
+        tables = self._daemon.tables
+        if prefix.level is None:
+            return None
+        row = tables.connections.of(prefix, service, now_s)
+        open_now = (row.open if row else 0) + tables.corrections.held.get((service, prefix), 0)
+        return {
+            "open": max(0, open_now),
+            "most_open": self._most_open(prefix, service, prefix.level),
+            "completed": row.completed if row else 0,
+            "distinct": row.children if row else 0.0,
+            "last_age_s": max(0.0, now_s - row.last_s) if row else None,
+        }
+
+    def _most_open(self, prefix: Prefix, service: Service, level: Level) -> int | None:
+        standing = _limit_class(self._daemon.desired.get((service, prefix)))
+        if (level is Level.L128 and standing is Standing.NEW) or (level is Level.L32 and is_ipv4(prefix.hi)):
+            return None
+        return self._daemon.config.limits.of(service, standing, level).open or None
 
     def _put(self, request: Answer, standing: Standing) -> Answer:
         """An operator's block or allow: stored, and in the kernel and nftables when this returns."""

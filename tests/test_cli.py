@@ -72,7 +72,8 @@ LEVEL = {
     "good_children": 0,
     "limit": {"rate_per_min": 600.0, "burst": 300},
     "tokens_left": 283,
-    "handshakes": {"completed": 19, "open": 2},
+    "connections": {"open": 2, "most_open": 50, "completed": 19, "distinct": 6.8, "last_age_s": 3.1},
+    "forged": True,
     "entry": ENTRY,
     "outlook": "5 good deliveries release it",
 }
@@ -82,7 +83,7 @@ EXPLAIN = {
     "service": "mx",
     "verdict": {"action": "block", "reason": "17 of 17 deliveries refused", "prefix": "2001:db8:7::/64"},
     "levels": [
-        {"prefix": "2001:db8:7::/48", "level": 48, "handshakes": {"completed": None, "open": None}, "limit": None},
+        {"prefix": "2001:db8:7::/48", "level": 48, "connections": None, "limit": None},
         LEVEL,
     ],
     "history": [
@@ -228,7 +229,7 @@ def test_explain_for_people(daemon: Daemon, capsys: pytest.CaptureFixture[str]) 
     assert "2001:db8:7::/64: block (learned) for another 9 min 50 s: 17 of 17 deliveries refused" in lines
     assert "2001:db8:7::/64: 5 good deliveries release it" in lines
     assert "/64 17 0.25 17 3.2 s ago 0.5 from /48 0.93 0.87 0/0" in lines
-    assert any("600/min, burst 300" in line and "19, 2 open" in line for line in lines)
+    assert "/64 600/min, burst 300 283 2 of 50 19 7 2001:db8:7::/64, forged" in lines
     assert any(line.startswith("2026-09-21 14:13:20 open") for line in lines)
 
 

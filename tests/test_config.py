@@ -157,7 +157,8 @@ def test_deep_nesting_is_refused_not_fatal() -> None:
 
 def test_one_number_overrides_its_default_alone() -> None:
     config = parse(b"[limits.mx.bad]\n64 = { rate_per_min = 0.5 }\n", "edge.toml")
-    assert config.limits.mx.bad.l64 == Limit(rate_per_min=0.5, burst=Config().limits.mx.bad.l64.burst)
+    default = Config().limits.mx.bad.l64
+    assert config.limits.mx.bad.l64 == Limit(rate_per_min=0.5, burst=default.burst, open=default.open)
     assert config.limits.mx.bad.l48 == Config().limits.mx.bad.l48
     assert config.limits.submission == Config().limits.submission
 
@@ -169,6 +170,7 @@ def test_good_is_never_tighter() -> None:
             new, good = (limits.of(service, standing, level) for standing in (Standing.NEW, Standing.GOOD))
             assert good.rate_per_min >= new.rate_per_min
             assert good.burst >= new.burst
+            assert good.open >= new.open
 
 
 def test_limit_as_the_kernel_takes_it() -> None:

@@ -195,7 +195,7 @@ def test_live_maps_stay_untouched(run: Run, pinned: Path, tmp_path: Path) -> Non
     assert (code, len(lines)) == (0, 5)
     assert sorted(path.name for path in pinned.iterdir()) == names
     assert {name: live.maps[name].items()[1].tobytes() for name in before} == before
-    assert not Tables(live.maps, SMALL).rows.active(0).any()
+    assert not Tables(live.maps, SMALL).rows.read(0)[0].any()
 
 
 @pytest.mark.root

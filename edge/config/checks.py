@@ -147,12 +147,12 @@ def _binding(config: Config, service: Service, level: Level) -> Limit:
 
 
 def _tables(config: Config) -> Iterator[Problem]:
-    for level in Level:
-        rows = config.tables.rows(level)
+    sizes = {f"rows_{LENGTHS[level]}": config.tables.rows(level) for level in Level}
+    for name, rows in (sizes | {"connections": config.tables.connections}).items():
         if rows & (rows - 1):
             lower, upper = 1 << rows.bit_length() - 1, 1 << rows.bit_length()
             expected = f"a power of two ({lower} or {upper})"
-            yield Problem(key=f"tables.rows_{LENGTHS[level]}", expected=expected, found=shown(rows))
+            yield Problem(key=f"tables.{name}", expected=expected, found=shown(rows))
     for service in Service:
         interval_ns = config.limits.of(service, Standing.NEW, Level.L64).emission_interval_ns
         capacity = config.tables.rows_64 * 1_000_000_000 / interval_ns if interval_ns else NEW_PREFIXES_PER_S

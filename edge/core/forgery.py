@@ -1,13 +1,16 @@
-"""Which /64s are being forged: their limit is spent, and hardly any of what it admits becomes a connection.
+"""Which prefixes are being forged: their limit is spent, and hardly any of what it admits becomes a connection.
 
 A forger writes somebody's network into its SYNs and never sees the answers. It scores nothing, but it spends the budget
-of the network it names. While that goes on, the senders of the network that are known to be good get a budget of their
-own, an entry at /128 that cuts the chain, so that they are not asked for what somebody else spent. A forger of just
-their addresses spends that budget too: only a challenge tells it from them.
+of the network it names. While that goes on the kernel charges those of its senders who completed a handshake before to
+a budget of their own (bpf/edge_xdp.c, spare_verified), so that they are not refused for what somebody else spent. A
+forger of just their addresses spends that budget too: only a challenge tells it from them.
+
+From then on the handshakes of verified senders say nothing of what the first budget admits, so that only those count
+that newcomers complete.
 
 Invariants:
     forgery-scores-nothing: no belief changes because of it.
-    bounded: no more /64s are followed than are reported saturated in one tick.
+    bounded: no more prefixes are followed than are reported saturated within `hold_s`.
 """
 
 from __future__ import annotations
@@ -19,13 +22,12 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from edge.abi import Level, Service, Standing
-from edge.core.policy import Proposal, View, good_children
+from edge.abi import Level, Service
 from edge.core.prefix import Prefix
 
 
 class ForgeryParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When the SYNs of a /64 count as forged."""
+    """When the SYNs of a prefix count as forged."""
 
     completed_share: Annotated[
         float,
@@ -42,56 +44,67 @@ class ForgeryParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             ge=1, le=3600, description="Ticks in a row; three keep a burst of slow handshakes from being taken for it."
         ),
     ] = 3
-    senders: Annotated[
-        int, msgspec.Meta(ge=1, le=4096, description="Good senders of one forged /64 that get a budget, best first.")
-    ] = 16
+    hold_s: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0,
+            le=3600,
+            description="Seconds for which a prefix stays marked after the last tick in which it looked forged. Longer "
+            "than the ticks it takes to notice, or a steady forger would get a free turn again and again.",
+        ),
+    ] = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saturated:
-    """A /64 (an IPv4 address) whose limit is spent, and how many connections a second it still admits."""
+    """A prefix at a level whose limit is spent, and how many connections a second it still admits."""
 
     service: Service
     prefix: Prefix
     admits_per_s: float
 
 
+Key = tuple[Service, Prefix]
+
+
 class Forgery:
     """Follows saturated prefixes from tick to tick."""
 
     def __init__(self) -> None:
-        self._ticks: dict[tuple[Service, Prefix], int] = {}
+        self._ticks: dict[Key, int] = {}
+        self._until_s: dict[Key, float] = {}
 
     def observe(
-        self, saturated: Iterable[Saturated], handshakes: np.ndarray, seconds: float, params: ForgeryParams
-    ) -> list[tuple[Service, Prefix]]:
-        """The prefixes that are being forged now; `handshakes` (HANDSHAKE rows) completed in the last `seconds`."""
-        completed = {(int(row["service"]), int(row["hi"])): int(row["completed"]) for row in handshakes}
-        followed: dict[tuple[Service, Prefix], int] = {}
+        self,
+        saturated: Iterable[Saturated],
+        connections: np.ndarray,
+        seconds: float,
+        now_s: float,
+        params: ForgeryParams,
+    ) -> dict[Key, float]:
+        """The prefixes that count as forged now, and until when; `connections` (CONNECTIONS rows) came in the last
+        `seconds`."""
+        followed: dict[Key, int] = {}
+        kept = {key: until for key, until in self._until_s.items() if until > now_s}
         for one in saturated:
-            done = completed.get((one.service, one.prefix.hi), 0)
-            if seconds > 0 and done < params.completed_share * one.admits_per_s * seconds:
-                key = one.service, one.prefix
-                followed[key] = self._ticks.get(key, 0) + 1
-        self._ticks = followed
-        return [key for key, ticks in followed.items() if ticks >= params.ticks]
+            key = one.service, one.prefix
+            done = _completed(connections, one, newcomers=key in kept)
+            if seconds <= 0 or done >= params.completed_share * one.admits_per_s * seconds:
+                continue
+            followed[key] = self._ticks.get(key, 0) + 1
+            if key in kept or followed[key] >= params.ticks:
+                kept[key] = now_s + params.hold_s
+        self._ticks, self._until_s = followed, kept
+        return dict(kept)
 
 
-def own_budgets(view: View, forged: Iterable[tuple[Service, Prefix]], params: ForgeryParams) -> list[Proposal]:
-    """An own budget for each known good sender of the forged /64s. IPv4 addresses are senders themselves."""
-    proposals = []
-    for service, prefix in forged:
-        over = view.entry(service, prefix) or view.over(service, prefix)
-        if prefix.ipv4 or view.guard.blocked(service, prefix) or (over and over.standing is Standing.BLOCK):
-            continue
-        for sender, _ in good_children(view, service, prefix, Level.L128)[: params.senders]:
-            proposals.append(
-                Proposal(
-                    service=service,
-                    prefix=sender,
-                    standing=Standing.GOOD,
-                    reason=f"own budget: SYNs in the name of {prefix} are mostly forged",
-                    belief=view.reputation.standing(service, sender, view.now_s),
-                )
-            )
-    return proposals
+def _completed(connections: np.ndarray, one: Saturated, *, newcomers: bool) -> int:
+    """Handshakes of one prefix; of its newcomers alone, where it has any children to be new."""
+    level = one.prefix.level
+    own = connections[
+        (connections["hi"] == np.uint64(one.prefix.hi))
+        & (connections["level"] == level)
+        & (connections["service"] == one.service)
+    ]
+    children = not (one.prefix.ipv4 and level is Level.L64)
+    return int(own["newcomers" if newcomers and children else "completed"].sum())

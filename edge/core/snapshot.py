@@ -1,7 +1,7 @@
 """One reading of the kernel's counters, and what changed between two of them.
 
 Invariants:
-    delta-is-never-negative: a counter that went back (program replaced, row evicted) counts from zero.
+    delta-is-never-negative: a counter that went back (program replaced) counts from zero.
 """
 
 from __future__ import annotations
@@ -10,17 +10,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HANDSHAKE = np.dtype(
+CONNECTIONS = np.dtype(
     [
-        ("hi", "<u8"),  # the /64, keyed
-        ("service", "<u4"),
-        ("pad", "<u4"),
-        ("completed", "<u8"),
-        ("closed", "<u8"),
-        ("last_ns", "<u8"),
+        ("hi", "<u8"),  # the prefix, keyed
+        ("level", "u1"),  # abi.Level; /128 is not read
+        ("service", "u1"),  # abi.Service
+        ("completed", "<u8"),  # handshakes since the reading before
+        ("newcomers", "<u8"),  # of those, from a child (address of a /64, /64 of a shorter prefix) unknown before
+        ("open", "<i8"),  # connections open now
     ]
 )
-"""One /64 and service as the sockops program counts it: abi.HANDSHAKE_KEY followed by abi.HANDSHAKES."""
+"""What happened at one prefix between two readings, as the sockops program counts completed handshakes."""
+
+LIMITED = np.dtype(
+    [
+        ("hi", "<u8"),  # the prefix, keyed
+        ("level", "u1"),  # abi.Level
+        ("service", "u1"),  # abi.Service
+        ("ahead_s", "<f8"),  # its arrival time lies so many seconds ahead
+    ]
+)
+"""A prefix that has spent its limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +39,9 @@ class Snapshot:
 
     now_s: float
     counters: np.ndarray  # uint64 (REASONS, 2): passed, dropped; summed over CPUs
-    handshakes: np.ndarray  # HANDSHAKE rows
+    connections: np.ndarray  # CONNECTIONS rows of the prefixes at which something changed since the reading before
     rows_active: np.ndarray  # int64 (LEVELS,): rows whose arrival time lies ahead
+    limited: np.ndarray  # LIMITED rows, of each level those furthest ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,34 +50,17 @@ class Delta:
 
     seconds: float
     counters: np.ndarray  # uint64 (REASONS, 2)
-    handshakes: np.ndarray  # HANDSHAKE rows that completed or closed some, with the differences
+    connections: np.ndarray  # CONNECTIONS rows
 
 
 def delta(before: Snapshot | None, after: Snapshot) -> Delta:
-    """after minus before; everything in `after` counts as new when there is no `before`."""
+    """after minus before; where there is no `before`, nothing has changed yet."""
     if before is None:
         zeros = np.zeros_like(after.counters)
-        return Delta(seconds=0.0, counters=zeros, handshakes=np.empty(0, HANDSHAKE))
+        return Delta(seconds=0.0, counters=zeros, connections=np.empty(0, CONNECTIONS))
     counters = np.where(after.counters >= before.counters, after.counters - before.counters, after.counters)
     return Delta(
         seconds=max(0.0, after.now_s - before.now_s),
         counters=counters,
-        handshakes=_handshakes(before.handshakes, after.handshakes),
+        connections=after.connections,
     )
-
-
-def _handshakes(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Rows of `after` minus their row in `before`; unchanged rows are left out."""
-    changed = after.copy()
-    for service in np.unique(after["service"]):
-        mine = np.flatnonzero(after["service"] == service)
-        old = before[before["service"] == service]
-        old = old[np.argsort(old["hi"])]
-        at = np.searchsorted(old["hi"], after["hi"][mine])
-        known = at < len(old)
-        known[known] = old["hi"][at[known]] == after["hi"][mine[known]]
-        rows, previous = mine[known], old[at[known]]
-        for name in ("completed", "closed"):
-            now, then = after[name][rows], previous[name]
-            changed[name][rows] = np.where(now >= then, now - then, now)
-    return changed[(changed["completed"] > 0) | (changed["closed"] > 0)]

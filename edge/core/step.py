@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from edge.abi import Level, Service
-from edge.core.forgery import Forgery, ForgeryParams, Saturated, own_budgets
+from edge.core.forgery import Forgery, ForgeryParams, Saturated
 from edge.core.guard import Guard
 from edge.core.ledger import Ledger, LedgerParams
 from edge.core.model import Decision, Entry, Verdict
@@ -78,15 +78,16 @@ class Counts:
     events_without_verdict: int  # this tick
     handshakes: int  # this tick: completed, as the kernel counted
     suppressed: Mapping[str, int]  # this tick, by reason
-    forged: int = 0  # /64s whose SYNs are mostly forged now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one tick decided. `learned` is a view of everything in force: it stays valid until the next step."""
+    """What one tick decided. `learned` is a view of everything in force: it stays valid until the next step. `forged`:
+    prefixes most of whose SYNs are forged, and until when they count as such, in seconds."""
 
     decisions: tuple[Decision, ...]
     learned: Mapping[tuple[Service, Prefix], Entry]
+    forged: Mapping[tuple[Service, Prefix], float]
     counts: Counts
 
 
@@ -103,14 +104,15 @@ def step(state: State, inputs: Inputs, now_s: float, params: CoreParams) -> Outc
         now_s=now_s,
         params=params.policy,
     )
-    forged = state.forgery.observe(inputs.saturated, inputs.delta.handshakes, inputs.delta.seconds, params.forgery)
-    proposals = propose(view, touched) + own_budgets(view, forged, params.forgery)
-    applied, held = state.ledger.apply(proposals, state.reputation, now_s, params.ledger)
+    delta = inputs.delta
+    forged = state.forgery.observe(inputs.saturated, delta.connections, delta.seconds, now_s, params.forgery)
+    applied, held = state.ledger.apply(propose(view, touched), state.reputation, now_s, params.ledger)
     suppressed = {why: view.suppressed.get(why, 0) + held.get(why, 0) for why in sorted({*view.suppressed, *held})}
     return Outcome(
         decisions=(*decisions, *applied),
         learned=MappingProxyType(state.ledger.learned),
-        counts=_count(state.reputation, inputs, suppressed, len(forged)),
+        forged=forged,
+        counts=_count(state.reputation, inputs, suppressed),
     )
 
 
@@ -119,16 +121,16 @@ def adopt(state: State, entries: Iterable[Entry], now_s: float) -> None:
     state.ledger.adopt(entries, now_s)
 
 
-def _count(reputation: Reputation, inputs: Inputs, suppressed: dict[str, int], forged: int) -> Counts:
+def _count(reputation: Reputation, inputs: Inputs, suppressed: dict[str, int]) -> Counts:
     events, tables = inputs.events, reputation.tables
     shaken = events["handshake"] == 1
+    connections = inputs.delta.connections
     return Counts(
         rows={level: sum(len(tables[service, level]) for service in Service) for level in Level},
         dropped_rows=sum(table.dropped for table in tables.values()),
         refused_rows=sum(table.refused for table in tables.values()),
         events_unverified=int((~shaken).sum()),
         events_without_verdict=int((shaken & (events["verdict"] == Verdict.NONE)).sum()),
-        handshakes=int(inputs.delta.handshakes["completed"].sum()),
+        handshakes=int(connections["completed"][connections["level"] == Level.L64].sum()),
         suppressed=suppressed,
-        forged=forged,
     )

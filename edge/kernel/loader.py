@@ -42,7 +42,7 @@ ARPHRD_ETHER = "1"  # linux/if_arp.h
 
 def sizes(config: Config) -> Sizes:
     """Table sizes of a configuration."""
-    return Sizes(rows=tuple(config.tables.rows(level) for level in Level))
+    return Sizes(rows=tuple(config.tables.rows(level) for level in Level), connections=config.tables.connections)
 
 
 def cgroup(config: Config) -> Path:

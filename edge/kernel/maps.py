@@ -1,7 +1,8 @@
 """The daemon's side of the pinned maps: counters read in batches, settings and policy written.
 
 Invariants:
-    one-writer: the daemon writes control, limits, services, destinations and policy, and no other map.
+    one-writer: the daemon writes control, limits, services, destinations, policy, forged and corrections, and no other
+        map.
     presence-covers: a level's presence bit is set before its first entry is written and cleared after its last is gone.
 """
 
@@ -34,13 +35,15 @@ from edge.abi import (
 from edge.config import Config
 from edge.core.model import Entry
 from edge.core.prefix import LENGTHS, Prefix
-from edge.core.snapshot import HANDSHAKE, Snapshot
+from edge.core.snapshot import Snapshot
 from edge.errors import UnavailableError
+from edge.kernel.connections import Connections
 from edge.kernel.libbpf import BpfError, Map
+from edge.kernel.marks import Marks
 from edge.kernel.pins import Pins
 from edge.kernel.policy_filter import PolicyFilter
 from edge.kernel.program import MAPS, U32, Sizes
-from edge.kernel.rows import Rows
+from edge.kernel.rows import NOBODY_NS, Rows
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,10 @@ class Tables:
             raise UnavailableError("the pinned maps have no identity: load the programs again with `edge load`")
         seed = int(identity["seed"])
         self.rows = Rows(maps["rows"], sizes, seed)
+        self.connections = Connections(maps["connections"], sizes, seed)
         self.policy = Policy(maps, seed)
+        self.forged = Marks(maps["forged"])
+        self.corrections = Marks(maps["corrections"])
 
     @classmethod
     def open(cls, pins: Path, sizes: Sizes) -> Tables:
@@ -70,19 +76,15 @@ class Tables:
 
     def read(self, now_s: float) -> Snapshot:
         """One reading of everything the kernel counts; grows with what is there only by numpy passes."""
-        keys, values = self.maps["handshakes"].items()
-        handshakes = np.empty(len(keys), HANDSHAKE)
-        for name in ("hi", "service", "pad"):
-            handshakes[name] = keys[name]
-        for name in ("completed", "closed", "last_ns"):
-            handshakes[name] = values[name]
         counters = self.maps["counters"].items()[1]
+        rows_active, limited = self.rows.read(int(now_s * SECOND_NS))
         totals = np.stack([counters["passed"].sum(axis=1), counters["dropped"].sum(axis=1)], axis=1)
         return Snapshot(
             now_s=now_s,
             counters=totals.astype(np.uint64),
-            handshakes=handshakes,
-            rows_active=self.rows.active(int(now_s * SECOND_NS)),
+            connections=self.connections.read(int(now_s * SECOND_NS)),
+            rows_active=rows_active,
+            limited=limited,
         )
 
     def heartbeat(self, now_s: float) -> None:
@@ -90,6 +92,7 @@ class Tables:
         control = self._control()
         control["heartbeat_ns"] = int(now_s * SECOND_NS)
         control["policy_levels"], control["policy_ranges"] = self.policy.presence()
+        control["forged_levels"] = self.forged.levels
         self.maps["control"].put(ZERO, control)
 
     def heartbeat_age_s(self, now_s: float) -> float:
@@ -102,6 +105,7 @@ class Tables:
             for standing in Standing:
                 for level in Level:
                     self._put_limit(config, service, standing, level)
+        self.rows.spent_ns = [_spent_ns(config, level) for level in Level]
         self._put_services(config)
         self._put_destinations(config.protect.addresses)
         control = self._control()
@@ -111,6 +115,7 @@ class Tables:
         untracked = config.limits.untracked
         control["untracked_interval_ns"] = untracked.emission_interval_ns
         control["untracked_tolerance_ns"] = untracked.burst_tolerance_ns
+        control["crowded_from"] = [_tightest(config, service, level) for service in Service for level in Level]
         self.maps["control"].put(ZERO, control)
         self.heartbeat(now_s)
 
@@ -122,7 +127,7 @@ class Tables:
         limit = config.limits.of(service, standing, level)
         index = (service * STANDINGS + standing) * LEVELS + level
         self.maps["limits"].put(
-            np.array([index], U32), np.array((limit.emission_interval_ns, limit.burst_tolerance_ns), LIMIT)
+            np.array([index], U32), np.array((limit.emission_interval_ns, limit.burst_tolerance_ns, limit.open), LIMIT)
         )
 
     def _put_services(self, config: Config) -> None:
@@ -149,6 +154,18 @@ def _destination(address: IPv4Address | IPv6Address) -> tuple[int, int]:
     """A protected address as the program looks it up: IPv4 in the lower half alone."""
     number = int(address)
     return number >> 64, number & (1 << 64) - 1
+
+
+def _tightest(config: Config, service: Service, level: Level) -> int:
+    """The fewest open connections that any standing is allowed at a level; 0: none is limited."""
+    limits = (config.limits.of(service, standing, level).open for standing in Standing)
+    return min((most for most in limits if most), default=0)
+
+
+def _spent_ns(config: Config, level: Level) -> int:
+    """From where on the limit of a level counts as spent; tighter classes lie further ahead when theirs is."""
+    limits = [config.limits.of(service, Standing.NEW, level) for service in Service]
+    return min((limit.spent_ns for limit in limits if limit.rate_per_min), default=NOBODY_NS)
 
 
 def _flags(config: Config) -> int:

@@ -18,12 +18,21 @@ from edge import abi
 from edge.abi import Level
 from edge.core.prefix import LENGTHS
 
-FILES = ("base.h", "abi.h", "prefix.h", "gcra.h", "rows.h", "parse.h", "maps.h", "edge_xdp.c", "edge_sockops.c")
+FILES = (
+    *("base.h", "abi.h", "prefix.h", "gcra.h", "rows.h", "tally.h", "sketch.h", "parse.h"),
+    *("regions.h", "maps.h", "edge_xdp.c", "edge_sockops.c"),
+)
 """In the order of the flow; bcc rewrites map accesses only in the main file, so they become one text."""
 
 U32 = np.dtype("<u4")
+TALLIES_SHARE = {Level.L128: 2, Level.L64: 1, Level.L56: 2, Level.L48: 4, Level.L32: 16}
+"""What part of the tallies of /64s another level has: of the /64s that send mail few share a shorter prefix."""
+
 FILTER_BITS = 1 << 18
 """Bits of the policy filter a level: 32 KiB, so that all five stay in the cache; 50,000 entries fill 17 %."""
+
+CROWDED_SLOTS = 4096
+"""Counters of crowded prefixes a level: 16 KiB; a hundred crowded prefixes make 2 % of the others look twice."""
 
 MAPS: dict[str, tuple[np.dtype, np.dtype]] = {
     "identity": (U32, abi.IDENTITY),
@@ -37,7 +46,12 @@ MAPS: dict[str, tuple[np.dtype, np.dtype]] = {
     "rows": (U32, abi.LINE),
     "untracked": (U32, np.dtype("<u8")),
     "counters": (U32, abi.COUNTER),
-    "handshakes": (abi.HANDSHAKE_KEY, abi.HANDSHAKES),
+    "connections": (U32, abi.TALLY),
+    "crowded_levels": (U32, abi.CROWDED_LEVELS),
+    "crowded": (U32, np.dtype("<u4")),
+    "corrections": (abi.POLICY_KEY, np.dtype("<i8")),
+    "uncounted": (U32, np.dtype("<u8")),
+    "forged": (abi.POLICY_KEY, np.dtype("<u8")),
     "verdicts": (U32, abi.VERDICT),
 }
 """Key and value of every map user space opens."""
@@ -45,12 +59,13 @@ MAPS: dict[str, tuple[np.dtype, np.dtype]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How large the tables are. `rows` is by level, longest first, each a power of two of at least 4096."""
+    """How large the tables are. `rows` is by level, longest first, each a power of two of at least 4096; `connections`
+    counts the tallies of /64s, a power of two of at least 1024, from which the other levels' follow."""
 
     rows: tuple[int, ...]
     policy_entries: int = 262_144
     policy_ranges: int = 65_536
-    handshakes: int = 262_144
+    connections: int = 1 << 17
 
     def lines(self, level: Level) -> int:
         """Cache lines of a level."""
@@ -64,6 +79,19 @@ class Sizes:
     def all_lines(self) -> int:
         """Lines of all levels together."""
         return sum(self.rows) // abi.ROWS_PER_LINE
+
+    def sets(self, level: Level) -> int:
+        """Sets of a level in the map `connections`."""
+        return self.connections // TALLIES_SHARE[level] // abi.TALLIES_PER_SET
+
+    def set_base(self, level: Level) -> int:
+        """First set of a level's region in the map `connections`."""
+        return sum(self.sets(shorter) for shorter in Level if shorter < level)
+
+    @property
+    def all_sets(self) -> int:
+        """Sets of all levels together."""
+        return sum(self.sets(level) for level in Level)
 
 
 def directory() -> Path:
@@ -92,11 +120,14 @@ def _constants(sizes: Sizes) -> Iterator[tuple[str, int]]:
     yield "EDGE_LINES", sizes.all_lines
     yield "EDGE_POLICY_ENTRIES", sizes.policy_entries
     yield "EDGE_POLICY_RANGES", sizes.policy_ranges
-    yield "EDGE_HANDSHAKES", sizes.handshakes
+    yield "EDGE_SETS", sizes.all_sets
     yield "EDGE_FILTER_BITS", FILTER_BITS
+    yield "CROWDED_SLOTS", CROWDED_SLOTS
     for level in Level:
         yield f"EDGE_LINES_{LENGTHS[level]}", sizes.lines(level)
         yield f"EDGE_BASE_{LENGTHS[level]}", sizes.base(level)
+        yield f"EDGE_SETS_{LENGTHS[level]}", sizes.sets(level)
+        yield f"EDGE_SET_BASE_{LENGTHS[level]}", sizes.set_base(level)
 
 
 def layout_id(sizes: Sizes) -> int:

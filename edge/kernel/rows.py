@@ -11,14 +11,30 @@ Invariants:
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 
 import numpy as np
 
-from edge.abi import LEVELS, LINE, Level, Service
+from edge.abi import LEVELS, LINE, ROWS_PER_LINE, Level, Service
 from edge.core.prefix import Prefix
+from edge.core.snapshot import LIMITED
 from edge.kernel.libbpf import Map
 from edge.kernel.program import Sizes
+
+CHUNK = 1 << 14
+"""Lines read at once: 512 KiB of arrival times, so that they are still in the second-level cache when asked again."""
+
+MOST_LIMITED = 64
+"""Prefixes of a level that a reading names; a forger of more networks at once thins its own flood."""
+
+MOST_SPENT = 65_536
+"""Of more spent limits a level every second, third, ... is looked at: each takes ten connections a second to stay so,
+and a reading stays as quick as it is."""
+
+NOBODY_NS = 1 << 62
+"""So far ahead lies no arrival time: 146 years."""
+
+OF_VERIFIED = 2
+"""ROW_OF_VERIFIED of bpf/rows.h: a forged prefix's second row."""
 
 _U64 = (1 << 64) - 1
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -53,15 +69,6 @@ def _unshift(x: np.ndarray, by: int) -> np.ndarray:
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Limited:
-    """A prefix whose row is live: how far its arrival time lies ahead of now, in seconds."""
-
-    hi: int
-    service: Service
-    ahead_s: float
-
-
 class Rows:
     """All levels' rows; keep it as long as the mapping is wanted."""
 
@@ -69,17 +76,48 @@ class Rows:
         self._sizes, self._seed = sizes, seed
         self._memory = mmap.mmap(table.fd.number, sizes.all_lines * LINE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ)
         self._lines = np.frombuffer(self._memory, LINE)
+        self.spent_ns = [NOBODY_NS] * LEVELS
+        """How far ahead of now a row lies whose limit counts as spent, by level."""
 
     def level(self, level: Level) -> np.ndarray:
         """The lines of one level, as they change."""
         base = self._sizes.base(level)
         return self._lines[base : base + self._sizes.lines(level)]
 
-    def active(self, now_ns: int) -> np.ndarray:
-        """How many rows of each level are live: int64 (LEVELS,). One pass over the mapping."""
-        return np.fromiter(
-            (np.count_nonzero(self.level(level)["tat_ns"] > now_ns) for level in Level), np.int64, LEVELS
-        )
+    def read(self, now_ns: int) -> tuple[np.ndarray, np.ndarray]:
+        """How many rows of each level are live, int64 (LEVELS,), and LIMITED rows of the prefixes that have spent their
+        limit: of each level but /128 those furthest ahead. One pass over the mapping."""
+        active = np.zeros(LEVELS, np.int64)
+        found = []
+        for level in Level:
+            tat_ns = self.level(level)["tat_ns"]
+            spent = []
+            for first in range(0, len(tat_ns), CHUNK):
+                # once from memory; both questions are then asked of the cache
+                chunk = tat_ns[first : first + CHUNK].ravel()
+                active[level] += np.count_nonzero(chunk > now_ns)
+                beyond = np.flatnonzero(chunk > now_ns + self.spent_ns[level])
+                spent.append(beyond + first * ROWS_PER_LINE)
+            if level is not Level.L128:
+                at = np.concatenate(spent)
+                found.append(self._limited(level, at[:: len(at) // MOST_SPENT + 1], now_ns))
+        return active, np.concatenate(found)
+
+    def _limited(self, level: Level, at: np.ndarray, now_ns: int) -> np.ndarray:
+        """LIMITED rows of some rows of a level; those of verified senders are left out."""
+        lines = self.level(level)
+        index, way = at // ROWS_PER_LINE, at % ROWS_PER_LINE
+        tags, ahead_ns = lines["tag"][index, way], lines["tat_ns"][index, way].astype(np.int64) - now_ns
+        ordinary = np.flatnonzero(tags & np.uint64(OF_VERIFIED) == 0)
+        if len(ordinary) > MOST_LIMITED:  # not a sort: of a million rows it takes 80 ms
+            ordinary = ordinary[np.argpartition(ahead_ns[ordinary], -MOST_LIMITED)[-MOST_LIMITED:]]
+        ordinary = ordinary[np.argsort(-ahead_ns[ordinary], kind="stable")]
+        mask = np.uint64(self._sizes.lines(level) - 1)
+        rows = np.empty(len(ordinary), LIMITED)
+        rows["hi"] = unmix(tags[ordinary] & ~mask | index[ordinary].astype(np.uint64)) ^ np.uint64(self._seed)
+        rows["level"], rows["service"] = level, tags[ordinary] & np.uint64(1)
+        rows["ahead_s"] = ahead_ns[ordinary] / 1e9
+        return rows
 
     def tat_ns(self, prefix: Prefix, service: Service) -> int | None:
         """Theoretical arrival time of one prefix at a level's length; None when no row holds it."""
@@ -90,24 +128,5 @@ class Rows:
         mixed = mixed_key(prefix, self._seed)
         line = self.level(level)[mixed & (lines - 1)]
         tag = mixed & ~(lines - 1) & _U64 | service
-        held = (line["tag"] ^ np.uint64(tag)) & np.uint64(~(lines - 1) & _U64 | 1) == 0
+        held = (line["tag"] ^ np.uint64(tag)) & np.uint64(~(lines - 1) & _U64 | OF_VERIFIED | 1) == 0
         return int(line["tat_ns"][held][0]) if held.any() else None
-
-    def furthest(self, level: Level, now_ns: int, most: int) -> list[Limited]:
-        """The live rows of a level (not /128, whose key is not invertible) with the most used of their burst."""
-        if level is Level.L128:
-            raise ValueError("rows at /128 do not hold their address")
-        lines = self.level(level)
-        index, way = np.nonzero(lines["tat_ns"] > now_ns)
-        ahead = lines["tat_ns"][index, way] - np.uint64(now_ns)
-        if len(ahead) > most:  # a partition first: sorting a million live rows costs 80 ms
-            chosen = np.argpartition(ahead, -most)[-most:]
-            index, way, ahead = index[chosen], way[chosen], ahead[chosen]
-        top = np.argsort(ahead)[::-1]
-        mask = np.uint64(self._sizes.lines(level) - 1)
-        tags = lines["tag"][index[top], way[top]]
-        keys = unmix(tags & ~mask | index[top].astype(np.uint64)) ^ np.uint64(self._seed)
-        return [
-            Limited(int(hi), Service(int(tag) & 1), float(far) / 1e9)
-            for hi, tag, far in zip(keys, tags, ahead[top], strict=True)
-        ]

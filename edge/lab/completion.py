@@ -17,13 +17,15 @@ import numpy as np
 from edge.abi import REASONS, Service, Standing
 from edge.core.model import Event, Verdict, batch
 from edge.core.prefix import key_text
-from edge.core.snapshot import HANDSHAKE, Delta
+from edge.core.snapshot import CONNECTIONS, Delta
 from edge.core.step import CoreParams, Inputs, State, step
 from edge.lab.traffic import Traffic
 
 Net = IPv4Network | IPv6Network
 
-_NOTHING = Delta(seconds=0.0, counters=np.zeros((REASONS, 2), dtype=np.uint64), handshakes=np.empty(0, dtype=HANDSHAKE))
+_NOTHING = Delta(
+    seconds=0.0, counters=np.zeros((REASONS, 2), dtype=np.uint64), connections=np.empty(0, dtype=CONNECTIONS)
+)
 
 
 def verdicts(traffic: Traffic) -> list[Event]:

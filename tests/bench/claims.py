@@ -70,7 +70,7 @@ def of_frames(contenders: Sequence[Contender]) -> Iterator[Claim]:
 def of_readings(readings: Sequence[Reading]) -> Iterator[Claim]:
     """The tick's reading."""
     for one in readings:
-        text = f"reading {one.live:,} live rows, {one.handshakes:,} senders known, {one.changed:,} changed"
+        text = f"reading {one.live:,} live rows, {one.senders:,} senders known, {one.changed:,} changed"
         yield Claim(text, READING_BOUND_MS, Summary.of(one.total_ms), " ms")
 
 

@@ -123,7 +123,7 @@ class Limiter:
             for standing in Standing:
                 for level in Level:
                     index = (service * STANDINGS + standing) * LEVELS + level
-                    value = np.array((emission_ns.get(level, 0), tolerance_ns.get(level, 0)), LIMIT)
+                    value = np.array((emission_ns.get(level, 0), tolerance_ns.get(level, 0), 0), LIMIT)
                     self.maps["limits"].put(np.array([index], program.U32), value)
 
     def admit_all(self, emission_ns: int = LIVE_NS) -> None:

@@ -167,7 +167,7 @@ def _readings(readings: Sequence[Reading]) -> Iterator[str]:
     for one in readings:
         parts = [one.read_ms, one.delta_ms, one.bcc_scaled_ms]
         cells = [f"{s.low:.1f} / {s.median:.1f} / {s.high:.1f}" for s in map(Summary.of, parts)]
-        counts = f"{one.live:,} | {one.handshakes:,} | {one.changed:,}"
+        counts = f"{one.live:,} | {one.senders:,} | {one.changed:,}"
         yield f"| {counts} | {' | '.join(cells)} (from {one.bcc_entries:,}) |"
 
 

@@ -55,7 +55,7 @@ def test_a_tiny_run_has_the_promised_shape() -> None:
 def test_a_tiny_reading_sees_what_changed() -> None:
     found = reading.measure(program.text(), 2, 9973, senders=997, bcc_entries=101)
     assert [one.changed for one in found] == [99, 99]
-    assert [one.handshakes for one in found] == [99, 997]
+    assert [one.senders for one in found] == [99, 997]
     assert all(len(one.total_ms) == 2 and one.live > 9000 and one.bcc_entries == 101 for one in found)
 
 

@@ -6,14 +6,28 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from edge.abi import LEVELS, LIMIT, STANDINGS, Level, Mode, Reason, Service, Standing
+from edge.abi import (
+    CROWDED_LEVELS,
+    LEVELS,
+    LIMIT,
+    STANDINGS,
+    TALLIES_PER_SET,
+    TALLY,
+    Level,
+    Mode,
+    Reason,
+    Service,
+    Standing,
+)
 from edge.config import Config
 from edge.core.model import Entry
 from edge.core.prefix import Prefix
-from edge.kernel.program import U32, Sizes
+from edge.kernel.connections import HELD
+from edge.kernel.program import CROWDED_SLOTS, U32, Sizes
 from edge.kernel.recorded import Judged, Recorded
+from edge.kernel.rows import mixed_key
 
-SMALL = Sizes(rows=(4096, 4096, 4096, 4096, 4096), policy_entries=4096, policy_ranges=1024, handshakes=1024)
+SMALL = Sizes(rows=(4096, 4096, 4096, 4096, 4096), policy_entries=4096, policy_ranges=1024, connections=1024)
 SECOND = 1_000_000_000
 START_S = 1000.0
 
@@ -38,9 +52,51 @@ class Harness:
             counter = maps["counters"]
             counter.put(np.array([reason], U32), np.zeros(counter.copies, counter.value))
         self.tables.policy.apply((), tuple(self.tables.policy.installed().values()))
-        for key in maps["handshakes"].items()[0]:
-            maps["handshakes"].delete(key)
+        self.tables.forged.write({})
+        self.tables.corrections.write({})
+        for name in ("connections", "crowded", "crowded_levels"):
+            self.clear(name)
         self.configure(config or Config(mode="enforce"))
+
+    def clear(self, name: str) -> None:
+        """Put zeros where an array map holds something else."""
+        table = self.compiled.maps[name]
+        keys, values = table.items()
+        for key in keys[values.view("u1").reshape(len(values), -1).any(axis=1)]:
+            table.put(np.array([key], U32), np.zeros((), table.value))
+
+    def tally(self, prefix: str, *, service: Service = Service.MX, opened: int = 0, completed: int = 1) -> None:
+        """Write the row of a prefix at a level's length, as the sockops program would."""
+        at = Prefix.parse(prefix)
+        assert at.level is not None
+        sets, mixed = self.sizes.sets(at.level), mixed_key(at, self.tables.rows._seed)
+        row = np.zeros((), TALLY)
+        row["tag"] = mixed & ~(sets - 1) & (1 << 64) - 1 | HELD | service
+        row["open"], row["completed"] = opened, completed
+        table = self.compiled.maps["connections"]
+        first = (self.sizes.set_base(at.level) + mixed % sets) * TALLIES_PER_SET
+        for index in range(first, first + TALLIES_PER_SET):
+            found = table.get(np.array([index], U32))
+            assert found is not None
+            if found["tag"] in (0, row["tag"]):
+                table.put(np.array([index], U32), row)
+                break
+        most = self._crowded_from(service, at.level)
+        if most and opened >= most:
+            self._mark(at.level, mixed)
+
+    def _crowded_from(self, service: Service, level: Level) -> int:
+        control = self.compiled.maps["control"].get(np.zeros(1, U32))
+        assert control is not None
+        return int(control["crowded_from"][service * LEVELS + level])
+
+    def _mark(self, level: Level, mixed: int) -> None:
+        """Count a crowded prefix, where bpf/regions.h has it counted."""
+        table, levels = self.compiled.maps["crowded"], self.compiled.maps["crowded_levels"]
+        table.put(np.array([level * CROWDED_SLOTS + (mixed >> 32 & CROWDED_SLOTS - 1)], U32), np.ones((), "<u4"))
+        total = np.zeros((), CROWDED_LEVELS)
+        total["prefixes"][level] = 1
+        levels.put(np.zeros(1, U32), total)
 
     def _used_lines(self) -> Sequence[int]:
         lines = self.tables.rows._lines
@@ -56,7 +112,7 @@ class Harness:
             for level in Level:
                 interval, burst = limits.get(level, (0, 1))
                 index = (service * STANDINGS + standing) * LEVELS + level
-                value = np.array((interval, interval * (burst - 1)), LIMIT)
+                value = np.array((interval, interval * (burst - 1), 0), LIMIT)
                 self.compiled.maps["limits"].put(np.array([index], U32), value)
 
     def install(self, *entries: Entry) -> None:

@@ -146,7 +146,7 @@ def test_two_cpus_never_exceed_the_bound() -> None:
     for level in Level:
         value = (interval, interval * (burst - 1)) if level is Level.L64 else (0, 0)
         index = (Service.MX * STANDINGS + Standing.NEW) * LEVELS + level
-        compiled.maps["limits"].put(np.array([index], U32), np.array(value, LIMIT))
+        compiled.maps["limits"].put(np.array([index], U32), np.array((*value, 0), LIMIT))
     cpus = sorted(os.sched_getaffinity(0))
     began = time.monotonic_ns()
 
@@ -219,12 +219,14 @@ def test_rows_are_read_back(xdp: Harness) -> None:
     for n in range(1, 12):
         xdp.judge_ns(p.syn(f"2001:db8:1:{n:x}::3"), START)
     rows = xdp.tables.rows
-    assert rows.active(START).tolist() == [0, 11, 1, 1, 1]
+    assert rows.read(START)[0].tolist() == [0, 11, 1, 1, 1]
     assert rows.tat_ns(Prefix.parse("2001:db8:1:5::/64"), Service.MX) == START + 10 * SECOND
     assert rows.tat_ns(Prefix.parse("2001:db8:1:5::/64"), Service.SUBMISSION) is None
-    found = {limited.hi for limited in rows.furthest(Level.L64, START, 100)}
+    rows.spent_ns[Level.L64] = 9 * SECOND
+    limited = rows.read(START)[1]
+    found = set(limited["hi"][limited["level"] == Level.L64].tolist())
     assert found == {0x20010DB8_00010000 | n for n in range(1, 12)}
-    assert rows.active(START + 10 * SECOND)[Level.L64] == 0
+    assert rows.read(START + 10 * SECOND)[0][Level.L64] == 0
 
 
 def test_mix_is_undone() -> None:
@@ -245,11 +247,11 @@ def test_a_full_table_charges_the_shorter_prefix(xdp: Harness) -> None:
         assert xdp.judge_ns(frame, START).reason is Reason.CONFORMING
     for n in range(97, 3 * capacity):
         assert xdp.judge_ns(p.syn(source(0x20010DB8_00000000 | n, 1)), START).reason is Reason.CONFORMING
-    active = xdp.tables.rows.active(START)
+    active = xdp.tables.rows.read(START)[0]
     assert active[Level.L64] > capacity * 0.99
     assert all(xdp.judge_ns(frame, START).reason is Reason.LIMIT_64 for frame in early)
     # rows free themselves: an hour later the same newcomers have their own again
-    assert xdp.tables.rows.active(START + 3600 * SECOND)[Level.L64] == 0
+    assert xdp.tables.rows.read(START + 3600 * SECOND)[0][Level.L64] == 0
 
 
 def test_no_room_anywhere_verified_pass_and_others_share_a_budget(xdp: Harness) -> None:
@@ -260,11 +262,10 @@ def test_no_room_anywhere_verified_pass_and_others_share_a_budget(xdp: Harness) 
     burst = 1000  # limits.untracked
     assert counters[Reason.UNTRACKED] == (burst, 0)
     assert counters[Reason.LIMIT_UNTRACKED][1] > burst
-    handshakes = xdp.compiled.maps["handshakes"]
     newcomer = 0x20010DB8_0F000000
     while xdp.judge_ns(p.syn(source(newcomer, 1)), START).reason is not Reason.LIMIT_UNTRACKED:
         newcomer += 1
-    handshakes.put(np.array((newcomer, Service.MX, 0), handshakes.key), np.array((1, 0, START), handshakes.value))
+    xdp.tally(str(Prefix(newcomer, 0, 64)))
     assert xdp.judge_ns(p.syn(source(newcomer, 1)), START).reason is Reason.VERIFIED
 
 
@@ -272,4 +273,4 @@ def test_without_limits_nothing_is_limited(xdp: Harness) -> None:
     xdp.limit({})
     for _ in range(101):
         assert xdp.judge_ns(p.syn("2001:db8:1:2::3"), START).reason is Reason.CONFORMING
-    assert xdp.tables.rows.active(START).sum() == 0
+    assert xdp.tables.rows.read(START)[0].sum() == 0

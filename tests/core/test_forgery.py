@@ -1,76 +1,128 @@
-"""Own budgets for the good senders of a network that is being forged, and for nobody else."""
+"""Prefixes whose SYNs are forged are told from those whose senders are just many."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from edge.abi import REASONS, Service, Standing
-from edge.core.forgery import Saturated
+from edge.abi import REASONS, Level, Service
+from edge.core.forgery import Forgery, ForgeryParams, Saturated
 from edge.core.model import batch
 from edge.core.prefix import Prefix
-from edge.core.snapshot import HANDSHAKE, Delta
+from edge.core.snapshot import CONNECTIONS, Delta
 from edge.core.step import Inputs, Outcome, step
-from tests.core.worlds import World, bad, ham
+from tests.core.worlds import World, ham
 
 SPENT = Prefix.parse("2001:db8:1:2::/64")
+WIDE = Prefix.parse("2001:db8:1::/48")
+PARAMS = ForgeryParams()
 
 
-def tick(world: World, completed: int, *, spent: bool = True) -> Outcome:
-    """One second in which the /64 completed some handshakes while its limit of 10 a second was spent."""
-    handshakes = np.zeros(1, HANDSHAKE)
-    handshakes["hi"], handshakes["completed"] = SPENT.hi, completed
-    counters = np.zeros((REASONS, 2), np.uint64)
-    world.now_s += 1.0
-    saturated = (Saturated(service=Service.MX, prefix=SPENT, admits_per_s=10.0),) if spent else ()
-    inputs = Inputs(
-        events=batch([]),
-        delta=Delta(seconds=1.0, counters=counters, handshakes=handshakes),
-        fixed=world.fixed,
-        saturated=saturated,
-    )
-    return step(world.state, inputs, world.now_s, world.params)
+def saturated(prefix: Prefix = SPENT) -> Saturated:
+    return Saturated(service=Service.MX, prefix=prefix, admits_per_s=10.0)
 
 
-def test_good_sender_of_a_forged_64_gets_its_own_budget() -> None:
-    world = World()
-    world.tick(ham("2001:db8:1:2::25", 11), bad("2001:db8:1:2::bad", 2))
-    assert [tick(world, 1).counts.forged for _ in range(3)] == [0, 0, 1]
-    assert world.standing("2001:db8:1:2::25/128") is Standing.GOOD
-    assert world.standing("2001:db8:1:2::bad/128") is Standing.NEW
+def handshakes(completed: int, newcomers: int = 0, prefix: Prefix = SPENT) -> np.ndarray:
+    rows = np.zeros(3, CONNECTIONS)
+    rows["hi"], rows["level"] = prefix.hi, prefix.level
+    rows["completed"], rows["newcomers"] = (completed, 997, 997), (newcomers, 997, 997)
+    rows["service"][1] = Service.SUBMISSION  # another service and another level, which must not count
+    rows["level"][2] = Level.L32
+    return rows
+
+
+class Watch:
+    """Forgery with a clock of one second a tick."""
+
+    def __init__(self) -> None:
+        self.forgery, self.now_s = Forgery(), 100.0
+
+    def tick(
+        self, completed: int, newcomers: int = 0, *, prefix: Prefix = SPENT, spent: bool = True
+    ) -> dict[tuple[Service, Prefix], float]:
+        self.now_s += 1.0
+        found = (saturated(prefix),) if spent else ()
+        counted = handshakes(completed, newcomers, prefix)
+        return self.forgery.observe(found, counted, 1.0, self.now_s, PARAMS)
+
+
+def test_three_ticks_in_a_row() -> None:
+    watch = Watch()
+    marked = [bool(watch.tick(0, spent=spent)) for spent in (True, True, False, True, True, True)]
+    assert marked == [False] * 5 + [True]
+
+
+def test_every_level_is_watched() -> None:
+    watch = Watch()
+    assert [len(watch.tick(4, prefix=WIDE)) for _ in range(3)] == [0, 0, 1]
+
+
+def test_a_flood_that_completes_its_handshakes_is_not_forged() -> None:
+    watch = Watch()
+    for _ in range(17):
+        assert not watch.tick(5, newcomers=5)
+
+
+def test_handshakes_of_verified_senders_do_not_end_it() -> None:
+    """They are charged to a budget of their own, so they say nothing of what the first one admits."""
+    watch = Watch()
+    for _ in range(3):
+        watch.tick(0)
+    for _ in range(31):
+        assert watch.tick(97, newcomers=4)
+
+
+def test_handshakes_of_newcomers_end_it() -> None:
+    watch = Watch()
+    until = [watch.tick(0) for _ in range(3)][-1][Service.MX, SPENT]
+    while watch.now_s + 1.0 < until:
+        assert watch.tick(97, newcomers=5)
+    assert not watch.tick(97, newcomers=5)
+
+
+def test_it_ends_when_the_limit_is_no_longer_spent() -> None:
+    watch = Watch()
+    for _ in range(3):
+        watch.tick(0)
+    ticks = 1
+    while watch.tick(0, spent=False):
+        ticks += 1
+    assert ticks == PARAMS.hold_s
+
+
+def test_an_ipv4_address_has_no_newcomers() -> None:
+    address = Prefix.parse("192.0.2.25")
+    watch = Watch()
+    for _ in range(3):
+        watch.tick(0, prefix=address)
+    for _ in range(11):
+        assert bool(watch.tick(5, prefix=address)) == (watch.now_s < 103.0 + PARAMS.hold_s)
+
+
+def test_bounded() -> None:
+    watch = Watch()
+    for n in range(1009):
+        watch.tick(0, prefix=Prefix(n << 16, 0, 48))
+    assert len(watch.forgery._ticks) == 1
+    assert not watch.forgery._until_s
 
 
 def test_forgery_scores_nothing() -> None:
     world = World()
     world.tick(ham("2001:db8:1:2::25", 11))
     before = world.state.reputation.standing(Service.MX, SPENT, world.now_s + 17)
-    for _ in range(17):
-        tick(world, 0)
+    outcomes = [_step(world) for _ in range(17)]
+    assert outcomes[-1].forged == {(Service.MX, SPENT): world.now_s + PARAMS.hold_s}
     assert world.state.reputation.standing(Service.MX, SPENT, world.now_s) == before
-    assert not world.blocks()
+    assert not any(outcome.decisions for outcome in outcomes)
 
 
-def test_a_flood_that_completes_its_handshakes_is_not_forged() -> None:
-    world = World()
-    world.tick(ham("2001:db8:1:2::25", 11))
-    for _ in range(17):
-        assert tick(world, 7).counts.forged == 0
-    assert world.standing("2001:db8:1:2::25/128") is Standing.NEW
-
-
-def test_three_ticks_in_a_row() -> None:
-    world = World()
-    world.tick(ham("2001:db8:1:2::25", 11))
-    assert [tick(world, 0, spent=spent).counts.forged for spent in (True, True, False, True, True, True)] == [
-        0, 0, 0, 0, 0, 1,
-    ]  # fmt: skip
-
-
-def test_no_hole_is_made_in_a_block() -> None:
-    world = World()
-    for n in range(200):
-        world.tick(bad(f"2001:db8:1:2:1::{n:x}"))
-    assert world.standing(str(SPENT)) is Standing.BLOCK
-    learned = dict(world.state.ledger.learned)
-    for _ in range(7):
-        tick(world, 0)
-    assert dict(world.state.ledger.learned) == learned
+def _step(world: World) -> Outcome:
+    world.now_s += 1.0
+    counters = np.zeros((REASONS, 2), np.uint64)
+    inputs = Inputs(
+        events=batch([]),
+        delta=Delta(seconds=1.0, counters=counters, connections=handshakes(1)),
+        fixed=world.fixed,
+        saturated=(saturated(),),
+    )
+    return step(world.state, inputs, world.now_s, world.params)

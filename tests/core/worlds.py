@@ -10,10 +10,10 @@ import numpy as np
 from edge.abi import REASONS, Service, Standing
 from edge.core.model import Authentication, Decision, Entry, Event, Verdict, batch
 from edge.core.prefix import LENGTHS, Prefix, key_text
-from edge.core.snapshot import HANDSHAKE, Delta
+from edge.core.snapshot import CONNECTIONS, Delta
 from edge.core.step import CoreParams, Inputs, Outcome, State, step
 
-QUIET = Delta(seconds=1.0, counters=np.zeros((REASONS, 2), np.uint64), handshakes=np.empty(0, HANDSHAKE))
+QUIET = Delta(seconds=1.0, counters=np.zeros((REASONS, 2), np.uint64), connections=np.empty(0, CONNECTIONS))
 
 
 def event(

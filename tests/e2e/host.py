@@ -16,9 +16,12 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from edge.config import load
 from edge.kernel.loader import sizes
 from edge.kernel.maps import Tables
+from edge.kernel.program import U32
 from edge.lab import network
 from edge.lab.forge import syn_frame
 from edge.lab.network import Network
@@ -109,6 +112,15 @@ logs = ["{self.mail_log}"]
         self.daemon = None
         return code
 
+    def another_build(self) -> None:
+        """Make the pinned programs those of an earlier version with the same layout."""
+        identity = self.tables.maps["identity"]
+        made = identity.get(np.zeros(1, U32))
+        assert made is not None
+        older = made.copy()
+        older["build_id"] += 1
+        identity.put(np.zeros(1, U32), older)
+
     def stop(self) -> None:
         if self.daemon is not None:
             self.daemon.kill()
@@ -138,15 +150,24 @@ logs = ["{self.mail_log}"]
 
     def connect(self, source: str, *, port: int = 25, timeout_s: float = 1.0) -> bool:
         """Whether a TCP connection from `source` is accepted."""
-        with self.net.client.entered(), socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as client:
-            client.settimeout(timeout_s)
-            client.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND: linux/in6.h
-            client.bind((source, 0))
-            try:
-                client.connect((network.SERVER_V6, port))
-            except TimeoutError:
-                return False
-            return True
+        client = self.connected(source, port=port, timeout_s=timeout_s)
+        if client is not None:
+            client.close()
+        return client is not None
+
+    def connected(self, source: str, *, port: int = 25, timeout_s: float = 1.0) -> socket.socket | None:
+        """A connection from `source`, for the caller to close; None if it is not accepted in time."""
+        with self.net.client.entered():
+            client = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        client.settimeout(timeout_s)
+        client.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND: linux/in6.h
+        client.bind((source, 0))
+        try:
+            client.connect((network.SERVER_V6, port))
+        except TimeoutError:
+            client.close()
+            return None
+        return client
 
     def reject_lines(self, source: str, count: int) -> None:
         """Append what Postfix writes when it refuses unknown recipients."""
@@ -161,13 +182,17 @@ logs = ["{self.mail_log}"]
 
 @contextmanager
 def listener(net: Network) -> Iterator[None]:
-    """Accepts on port 25 and closes, inside the counted cgroup, in a process of its own."""
+    """Accepts on port 25, inside the counted cgroup, in a process of its own; closes when the client has."""
     code = (
-        "import os,socket,sys\n"
+        "import os,socket,threading\n"
         f"open('{net.cgroup}/cgroup.procs','w').write(str(os.getpid()))\n"
-        "s=socket.create_server(('::',25),family=socket.AF_INET6,backlog=4096)\n"
+        "s=socket.create_server(('::',25),family=socket.AF_INET6,dualstack_ipv6=True,backlog=4096)\n"
         "print('ready',flush=True)\n"
-        "while True:\n c,_=s.accept(); c.close()\n"
+        "def serve(c):\n"
+        " with c:\n"
+        "  try: c.recv(1)\n"
+        "  except OSError: pass\n"
+        "while True: threading.Thread(target=serve,args=(s.accept()[0],)).start()\n"
     )
     child = subprocess.Popen(net.server.command([sys.executable, "-c", code]), stdout=subprocess.PIPE)
     try:

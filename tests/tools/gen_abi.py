@@ -126,14 +126,10 @@ def generate() -> str:
     body: list[str] = []
     for die in types:
         body += enum_source(die) if die.tag == "DW_TAG_enumeration_type" else struct_source(die)
-    version = re.search(r"^#define EDGE_ABI_VERSION (\d+)$", HEADER.read_text(), re.M)
-    rows = re.search(r"^#define ROWS_PER_LINE (\d+)$", HEADER.read_text(), re.M)
-    if not version or not rows:
-        raise SystemExit("abi.h: EDGE_ABI_VERSION or ROWS_PER_LINE is missing")
-    text = "\n".join(body)
-    identity = int.from_bytes(hashlib.sha256((version[1] + text).encode()).digest()[:8], "little")
-    head = f"ABI_VERSION = {version[1]}\nABI_ID = 0x{identity:016X}  # of everything below\nROWS_PER_LINE = {rows[1]}\n"
-    return PREAMBLE + head + text + "\n"
+    constants = re.findall(r"^#define (?:EDGE_)?([A-Z_]+) (\d+)$", HEADER.read_text(), re.M)
+    text = "\n".join([*(f"{name} = {value}" for name, value in constants), *body])
+    identity = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return f"{PREAMBLE}ABI_ID = 0x{identity:016X}  # of everything below\n{text}\n"
 
 
 def main() -> None:
