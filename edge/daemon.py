@@ -22,19 +22,14 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from pyroute2.netlink.exceptions import NetlinkError
 from sdnotify import SystemdNotifier
 
 from edge import exemptions
@@ -51,10 +46,11 @@ from edge.core.reconcile import OPEN, Reconciler, differences
 from edge.core.snapshot import Snapshot, delta
 from edge.core.step import Inputs, Outcome, State, adopt, step
 from edge.errors import UnavailableError
-from edge.kernel import loader
+from edge.kernel import attach, loader
+from edge.kernel.attach import Attachment
 from edge.kernel.libbpf import Fd
-from edge.kernel.loader import Attachment
 from edge.kernel.maps import Tables
+from edge.kernel.netlink import NoAnswerError
 from edge.kernel.nft import NftSets
 from edge.kernel.pins import Pins
 from edge.kernel.sockets import OpenConnections, open_connections, per_prefix
@@ -316,8 +312,8 @@ def run(config: Config, *, replace: bool = False) -> int:
     """Run until SIGTERM or SIGINT; as root the programs are loaded first. Returns the exit code."""
     with _hold_pins(config):
         _load_if_needed(config, replace=replace)
-        attached = loader.attachments(config)
-        exempt = exemptions.entries(config, list(attached))
+        attached = attach.attachments(config)
+        exempt = exemptions.entries(config, attach.judged(attached))
         asyncio.run(_serve(config, attached, exempt))
     return 0
 
@@ -336,6 +332,11 @@ def _load_if_needed(config: Config, *, replace: bool) -> None:
         return
     if os.geteuid() != 0:
         raise UnavailableError(f"{config.paths.pins}: not loaded, or another version is: run `edge load` as root first")
+    # a restart with an unchanged program does without these
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("fork"), initializer=_die_with_parent) as child:
         try:
             child.submit(loader.install, config, replace=replace).result()
@@ -421,8 +422,8 @@ async def _refresh_exemptions(daemon: Daemon) -> None:
     while True:
         await asyncio.sleep(EXEMPTIONS_EVERY_S)
         try:
-            fresh = await asyncio.to_thread(exemptions.entries, daemon.config, list(daemon.attached))
-        except (OSError, NetlinkError) as error:
+            fresh = await asyncio.to_thread(exemptions.entries, daemon.config, attach.judged(daemon.attached))
+        except NoAnswerError as error:
             log.error("exemptions not read again: the last ones stay", extra={"fields": {"error": error}})
             continue
         daemon.exempt_now(fresh)
@@ -443,39 +444,44 @@ async def _reconcile(daemon: Daemon) -> None:
 
 
 async def _watch_interfaces(daemon: Daemon) -> None:
-    """An interface that went and came back has a new index and no program: attach again.
+    """An interface that went and came back has a new index and no program, and so has a new member of a bond: attach.
 
     As root here; as another user by ending, so that the service manager runs the loader and starts us again.
     """
     while True:
         await asyncio.sleep(INTERFACES_EVERY_S)
         try:
-            found = await asyncio.to_thread(loader.attachments, daemon.config)
-            if any(not row.program_id for row in found.values()):
-                log.error("interface without our program", extra={"fields": _modes(found)})
-                if os.geteuid() != 0:
-                    raise UnavailableError(
-                        "an interface lost the XDP program: run `edge load` as root, then start again"
-                    )
-                await asyncio.to_thread(loader.install, daemon.config, replace=False)
-                found = await asyncio.to_thread(loader.attachments, daemon.config)
-        except UnavailableError:
-            missing = _names_gone(daemon)
-            if not missing:
-                raise
-            if any(daemon.attached[name].program_id for name in missing):
-                log.error("interface gone", extra={"fields": {"names": ",".join(missing)}})
-            gone = {name: replace(daemon.attached[name], mode="missing", program_id=0) for name in missing}
-            daemon.attached = {**daemon.attached, **gone}
+            found = await asyncio.to_thread(attach.attachments, daemon.config)
+        except NoAnswerError as error:
+            log.error("interfaces not looked at", extra={"fields": {"error": error}})
             continue
+        gone = _with_program(daemon.attached) - _with_program(found)
+        if gone:
+            log.error("interface gone", extra={"fields": {"names": ",".join(sorted(gone))}})
+        if attach.wanting(found):
+            log.error("interface without our program", extra={"fields": _modes(found)})
+            if os.geteuid() != 0:
+                raise UnavailableError("an interface lost the XDP program: run `edge load` as root, then start again")
+            found = await asyncio.to_thread(_attach_again, daemon.config)
+        elif gone - set(found) and os.geteuid() == 0:  # a member that left its bond keeps nothing of ours
+            found = await asyncio.to_thread(_attach_again, daemon.config)
         if found != daemon.attached:
             log.info("interfaces", extra={"fields": _modes(found)})
             daemon.attached = found
 
 
-def _names_gone(daemon: Daemon) -> list[str]:
-    present = {name for _, name in socket.if_nameindex()}
-    return [name for name in daemon.attached if name not in present]
+def _attach_again(config: Config) -> dict[str, Attachment]:
+    """Attach where the program is missing; how things stand then. An interface may go while this is done."""
+    try:
+        loader.install(config, replace=False)
+    except UnavailableError:
+        if attach.wanting(attach.attachments(config)):
+            raise
+    return attach.attachments(config)
+
+
+def _with_program(found: dict[str, Attachment]) -> set[str]:
+    return {name for name, row in found.items() if row.program_id}
 
 
 def _modes(found: dict[str, Attachment]) -> dict[str, str]:

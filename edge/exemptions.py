@@ -10,19 +10,20 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv4Network, IPv6Network, ip_interface
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any
 
 from edge.abi import Origin, Service, Standing
 from edge.config import Config
 from edge.core.model import Entry
 from edge.core.prefix import Prefix
 from edge.errors import InputError
+from edge.kernel import netlink
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ USUAL = {4: 16, 6: 64}
 POSTCONF_TIMEOUT_S = 5.0
 MOST_PATTERNS = 1024
 MAIN_CF = Path("/etc/postfix/main.cf")
+PACKAGED = (Path("/usr/sbin"), Path("/sbin"))
 
 
 def entries(config: Config, interfaces: Sequence[str]) -> list[Entry]:
@@ -51,27 +53,19 @@ def entries(config: Config, interfaces: Sequence[str]) -> list[Entry]:
     return [_entry(prefix, service, reason) for prefix, reason in found.items() for service in Service]
 
 
-def connected(interfaces: Sequence[str], route: Any = None) -> Iterator[tuple[Prefix, str]]:
-    """The on-link prefixes of these interfaces, with the interface; `route`: a pyroute2 IPRoute (default: this host's).
+def connected(interfaces: Sequence[str]) -> Iterator[tuple[Prefix, str]]:
+    """The on-link prefixes of these interfaces, with the interface.
 
     Link-local and loopback prefixes are left out. An interface that is not there is logged.
     """
-    if route is None:
-        from pyroute2 import IPRoute  # costs 150 ms: only where it is used
-
-        with IPRoute() as own:
-            yield from connected(interfaces, own)
-        return
-    names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
+    names = {link.index: link.name for link in netlink.links()}
     for missing in sorted(set(interfaces) - set(names.values())):
         log.warning("no such interface: nothing of it is exempt", extra={"fields": {"interface": missing}})
-    for address in route.get_addr():
-        name = names.get(address["index"], "")
-        if name not in interfaces:
+    for index, address in netlink.addresses():
+        name, network = names.get(index, ""), address.network
+        if name not in interfaces or network.is_link_local or network.is_loopback:
             continue
-        # IFA_ADDRESS is the peer on a point-to-point link, and the address itself everywhere else
-        network = ip_interface(f"{address.get_attr('IFA_ADDRESS')}/{address['prefixlen']}").network
-        if network.is_link_local or network.is_loopback or not _narrow_enough(network, f"connected on {name}"):
+        if not _narrow_enough(network, f"connected on {name}"):
             continue
         if network.prefixlen < USUAL[network.version]:
             log.warning("a wide connected prefix is exempt", extra={"fields": {"prefix": network, "interface": name}})
@@ -83,16 +77,27 @@ def read_mynetworks() -> str:
     postconf = shutil.which("postconf") or shutil.which("postconf", path="/usr/sbin:/usr/local/sbin")
     if postconf is None:
         return ""
+    if _is_unconfigured(postconf):
+        log.info("Postfix has no main.cf: it has no mynetworks", extra={"fields": {"looked for": str(MAIN_CF)}})
+        return ""
     command = [postconf, "-x", "-h", "mynetworks"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=POSTCONF_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        detail = getattr(error, "stderr", None) or error
-        # a Postfix without main.cf, as its package leaves it until it is configured, has none
-        level = logging.WARNING if MAIN_CF.exists() else logging.INFO
-        log.log(level, "mynetworks unknown: nothing of it is exempt", extra={"fields": {"error": str(detail).strip()}})
+        detail = str(getattr(error, "stderr", None) or error).strip()
+        log.warning("mynetworks unknown: nothing of it is exempt", extra={"fields": {"error": detail}})
         return ""
     return run.stdout
+
+
+def _is_unconfigured(postconf: str) -> bool:
+    """Whether this is a Postfix as its package leaves it until somebody configures it: without main.cf.
+
+    Asked, it waits a second before it says so. Only a packaged one is taken at its directory: another may have its
+    configuration elsewhere.
+    """
+    packaged = Path(postconf).parent in PACKAGED and "MAIL_CONFIG" not in os.environ
+    return packaged and MAIN_CF.parent.is_dir() and not MAIN_CF.exists()
 
 
 def parse_mynetworks(text: str) -> Iterator[Prefix]:

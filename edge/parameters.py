@@ -36,13 +36,18 @@ class Interfaces(Section, frozen=True):
 
     names: Annotated[
         tuple[str, ...],
-        Meta(min_length=1, max_length=64, description='"auto" means every interface that carries a default route.'),
+        Meta(
+            min_length=1,
+            max_length=64,
+            description='"auto" means every interface that carries a default route. For a VLAN, bond or bridge the '
+            "devices below it get the program; of a bridge only those that lead out, so name a guest port to judge it.",
+        ),
     ] = ("auto",)
     xdp_mode: Annotated[
         Literal["auto", "native", "generic"],
         Meta(
             description="auto: native where the driver can do it, else generic. generic works on any driver and costs "
-            "more per packet."
+            "more per packet. A change attaches again at the next start, which may reset the network card."
         ),
     ] = "auto"
 

@@ -62,10 +62,13 @@ def status(out: Console, answer: Answer) -> None:
     )
     _say(out, _text(f"nftables {_nftables(nft)}"))
     for interface in answer.get("interfaces") or ():
+        others = [name for name in interface.get("for") or () if name != interface.get("name")]
+        whom = f" (for {', '.join(others)})" if others else ""
         _say(
             out,
             _text(
-                f"interface {interface.get('name')}: XDP {interface.get('xdp')}, program {interface.get('program_id')}"
+                f"interface {interface.get('name')}{whom}: XDP {interface.get('xdp')},"
+                f" program {interface.get('program_id')}"
             ),
         )
     entries = answer.get("entries") or {}

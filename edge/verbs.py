@@ -71,7 +71,13 @@ class Verbs:
             },
             "heartbeat_age_s": daemon.tables.heartbeat_age_s(now_s),
             "interfaces": [
-                {"name": name, "ifindex": row.ifindex, "xdp": row.mode, "program_id": row.program_id}
+                {
+                    "name": name,
+                    "ifindex": row.ifindex,
+                    "xdp": row.mode,
+                    "program_id": row.program_id,
+                    "for": list(row.serves),
+                }
                 for name, row in daemon.attached.items()
             ],
             "maps": {name: table.info.id for name, table in daemon.tables.maps.items()},

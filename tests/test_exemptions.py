@@ -1,16 +1,15 @@
 import logging
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pyroute2 import NetNS
 
 from edge.abi import Origin, Service, Standing
 from edge.config import Config
 from edge.exemptions import MOST_PATTERNS, connected, entries, parse_mynetworks, read_mynetworks
 from edge.parameters import Exempt
+from tests.kernel.netns import NetNs, netns
 
 
 def texts(mynetworks: str) -> list[str]:
@@ -120,57 +119,67 @@ def test_nothing_is_exempt_when_all_is_turned_off() -> None:
 
 
 @pytest.fixture
-def host() -> Iterator[NetNS]:
-    """A namespace with two interfaces, eth7 and eth9, whose addresses a test gives by `ip`."""
-    name = f"edge-exempt-{os.getpid()}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
+def host() -> Iterator[NetNs]:
+    """Inside a namespace with two interfaces, eth7 and eth9, whose addresses a test gives by `ip`."""
+    with netns("exempt") as space:
         for command in ("add eth7 type veth peer name eth9", "set eth7 up", "set eth9 up"):
-            subprocess.run(["ip", "-n", name, "link", *command.split()], check=True)
-        with NetNS(name, flags=0) as route:
-            yield route
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
+            space.run("ip", "link", *command.split())
+        with space.entered():
+            yield space
 
 
-def give(route: NetNS, interface: str, *address: str) -> None:
-    name = f"edge-exempt-{os.getpid()}"
-    subprocess.run(["ip", "-n", name, "address", "add", *address, "dev", interface], check=True)
+def give(host: NetNs, interface: str, *address: str) -> None:
+    host.run("ip", "address", "add", *address, "dev", interface)
 
 
 @pytest.mark.root
-def test_connected_prefixes_of_the_interfaces(host: NetNS, caplog: pytest.LogCaptureFixture) -> None:
+def test_connected_prefixes_of_the_interfaces(host: NetNs, caplog: pytest.LogCaptureFixture) -> None:
     give(host, "eth7", "2001:db8:7::25/64", "nodad")
     give(host, "eth7", "192.0.2.25/24")
     give(host, "eth7", "198.51.100.1", "peer", "198.51.100.2/32")
     give(host, "eth9", "203.0.113.25/24")
-    found = {(str(prefix), interface) for prefix, interface in connected(["eth7"], host)}
+    found = {(str(prefix), interface) for prefix, interface in connected(["eth7"])}
     assert found == {("2001:db8:7::/64", "eth7"), ("192.0.2.0/24", "eth7"), ("198.51.100.2/32", "eth7")}
     assert caplog.messages == []
 
 
 @pytest.mark.root
-def test_a_wide_connected_prefix_is_a_warning(host: NetNS, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wide_connected_prefix_is_a_warning(host: NetNs, caplog: pytest.LogCaptureFixture) -> None:
     give(host, "eth7", "2001:db8:7::25/32", "nodad")
-    assert [str(prefix) for prefix, _ in connected(["eth7"], host)] == ["2001:db8::/32"]
+    assert [str(prefix) for prefix, _ in connected(["eth7"])] == ["2001:db8::/32"]
     assert [(r.levelno, r.getMessage()) for r in caplog.records] == [
         (logging.WARNING, "a wide connected prefix is exempt")
     ]
 
 
 @pytest.mark.root
-def test_half_the_internet_is_never_connected(host: NetNS, caplog: pytest.LogCaptureFixture) -> None:
+def test_half_the_internet_is_never_connected(host: NetNs, caplog: pytest.LogCaptureFixture) -> None:
     give(host, "eth7", "203.0.113.25/1")
     give(host, "eth7", "2001:db8:7::25/3", "nodad")
-    assert list(connected(["eth7"], host)) == []
+    assert list(connected(["eth7"])) == []
     assert {r.levelno for r in caplog.records} == {logging.ERROR}
 
 
 @pytest.mark.root
-def test_an_interface_that_is_not_there_is_logged(host: NetNS, caplog: pytest.LogCaptureFixture) -> None:
-    assert list(connected(["eth11"], host)) == []
+def test_an_interface_that_is_not_there_is_logged(host: NetNs, caplog: pytest.LogCaptureFixture) -> None:
+    assert list(connected(["eth11"])) == []
     assert caplog.messages == ["no such interface: nothing of it is exempt"]
 
 
-def test_this_host_is_asked_when_no_route_is_given() -> None:
+def test_loopback_is_never_connected() -> None:
     assert list(connected(["lo"])) == []
+
+
+def test_a_packaged_postfix_without_main_cf_is_not_asked(
+    postconf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Debian's package leaves it; asked, it would wait a second before it says so."""
+    caplog.set_level("INFO")
+    monkeypatch.delenv("MAIL_CONFIG", raising=False)
+    monkeypatch.setattr("edge.exemptions.PACKAGED", (postconf.parent,))
+    monkeypatch.setattr("edge.exemptions.MAIN_CF", tmp_path / "main.cf")
+    postconf.write_text("#!/bin/sh\necho 192.0.2.7\n")
+    assert read_mynetworks() == ""
+    assert caplog.messages == ["Postfix has no main.cf: it has no mynetworks"]
+    tmp_path.joinpath("main.cf").touch()
+    assert read_mynetworks() == "192.0.2.7\n"

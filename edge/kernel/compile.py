@@ -6,6 +6,7 @@ tests and in `edge packets`, never in the daemon.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ from typing import Any
 import numpy as np
 
 from edge.errors import EdgeError, UnavailableError
-from edge.kernel import program
-from edge.kernel.libbpf import Fd, Map
+from edge.kernel import libbpf, program
+from edge.kernel.libbpf import BpfError, Fd, Map
 from edge.kernel.program import Sizes
+
+XDP, SOCK_OPS = 6, 13  # enum bpf_prog_type: uapi/linux/bpf.h
+
+VERIFIER_LOG_BYTES = 1 << 24
+"""Asked for only after a refusal; a kernel before 6.4 gives up when its words do not fit."""
 
 
 class LayoutError(EdgeError):
@@ -27,7 +33,8 @@ class Compiled:
 
     def __init__(self, bpf: Any, entry_points: dict[str, int]) -> None:
         self._bpf = bpf
-        self.programs = {name: int(bpf.load_func(name.encode(), kind).fd) for name, kind in entry_points.items()}
+        self._loaded = {name: _load(kind, name, bpf.dump_func(name.encode())) for name, kind in entry_points.items()}
+        self.programs = {name: fd.number for name, fd in self._loaded.items()}
         self.maps = {name: self._map(name) for name in program.MAPS}
 
     def _map(self, name: str) -> Map:
@@ -55,21 +62,38 @@ def compile_programs(sizes: Sizes, *, pins: Path | None, recorded: bool = False)
         ) from None
     # bcc's own headers define again what ours define; the values are the same
     options = ["-Wno-macro-redefined", *program.flags(sizes)]
+    if recorded:
+        options.append("-DEDGE_RECORDED")  # leaves the live program out: each takes a third of the time
     if pins is not None:
         options.append(f'-DEDGE_PINS="{pins}"')
     try:
         bpf = BPF(text=program.text().encode(), cflags=options)
     except Exception as error:  # bcc raises bare Exceptions; its own words went to standard error
         raise UnavailableError(f"the kernel programs do not compile: {error}") from error
-    entry_points = {"edge_xdp": BPF.XDP, "edge_sockops": BPF.SOCK_OPS}
-    if recorded:
-        entry_points = {"edge_xdp_recorded": BPF.XDP}
+    entry_points = {"edge_xdp_recorded": XDP} if recorded else {"edge_xdp": XDP, "edge_sockops": SOCK_OPS}
     try:
         return Compiled(bpf, entry_points)
+    except BpfError as error:
+        raise UnavailableError(f"the kernel refused a program (kernel 5.15 or later is needed): {error}") from error
     except EdgeError:
         raise
     except Exception as error:
-        raise UnavailableError(f"the kernel refused a program (kernel 5.15 or later is needed): {error}") from error
+        raise UnavailableError(f"bcc gave no program or map: {error}") from error
+
+
+def _load(kind: int, name: str, instructions: bytes) -> Fd:
+    """Load what bcc compiled; bcc's own call takes no flags.
+
+    XDP programs say that they know frames in several pieces, where the kernel knows such programs (5.18): drivers then
+    take them natively whatever the MTU is. Ours reads headers only, and these are in the first piece.
+    """
+    if kind == XDP:
+        with contextlib.suppress(BpfError):  # an older kernel does not know the flag; any other trouble is met below
+            return libbpf.load_program(kind, name, instructions, flags=libbpf.XDP_HAS_FRAGS)
+    try:
+        return libbpf.load_program(kind, name, instructions)
+    except BpfError:
+        return libbpf.load_program(kind, name, instructions, log_bytes=VERIFIER_LOG_BYTES)
 
 
 def write_identity(maps: dict[str, Map], sizes: Sizes, now_ns: int, *, complete: bool = True) -> None:

@@ -22,7 +22,9 @@ BPF_XDP = 37  # enum bpf_attach_type: uapi/linux/bpf.h
 BPF_CGROUP_SOCK_OPS = 3
 XDP_GENERIC = 1 << 1  # XDP_FLAGS_SKB_MODE: uapi/linux/if_link.h
 XDP_NATIVE = 1 << 2  # XDP_FLAGS_DRV_MODE
+XDP_HAS_FRAGS = 1 << 5  # BPF_F_XDP_HAS_FRAGS: uapi/linux/bpf.h, kernel 5.18
 PERCPU_TYPES = frozenset({5, 6, 10})  # percpu hash, percpu array, lru percpu hash
+LAST_WORDS = 4  # lines of a refusal by the verifier: the instruction, the reason, and a summary
 BATCH = 65536  # rows a batched read; larger batches gain nothing (measured)
 
 
@@ -36,6 +38,21 @@ class BpfError(UnavailableError):
     def __reduce__(self) -> tuple[type[BpfError], tuple[str, int]]:
         """The loader is a child process: its errors must survive the way back."""
         return BpfError, (self.what, self.errno)
+
+
+class _ProgLoadOpts(c.Structure):
+    _fields_ = (
+        ("sz", c.c_size_t),
+        ("attempts", c.c_int),
+        ("expected_attach_type", c.c_uint32),
+        ("prog_btf_fd", c.c_uint32),
+        ("prog_flags", c.c_uint32),
+        ("numbers", c.c_uint32 * 6),  # offload device, versions and BTF: not used
+        ("arrays", c.c_uint64 * 5),
+        ("log_level", c.c_uint32),
+        ("log_size", c.c_uint32),
+        ("log_buf", c.c_void_p),
+    )
 
 
 class _LinkCreateOpts(c.Structure):
@@ -179,6 +196,7 @@ _SIGNATURES: dict[str, list[object]] = {
     "bpf_map_update_elem": [c.c_int, c.c_void_p, c.c_void_p, c.c_uint64],
     "bpf_map_delete_elem": [c.c_int, c.c_void_p],
     "bpf_map_lookup_batch": [c.c_int, c.c_void_p, c.c_void_p, c.c_void_p, c.c_void_p, c.c_void_p, c.c_void_p],
+    "bpf_prog_load": [c.c_int, c.c_char_p, c.c_char_p, c.c_void_p, c.c_size_t, c.c_void_p],
     "bpf_prog_test_run_opts": [c.c_int, c.c_void_p],
     "bpf_xdp_attach": [c.c_int, c.c_int, c.c_uint32, c.c_void_p],
     "bpf_xdp_detach": [c.c_int, c.c_uint32, c.c_void_p],
@@ -272,6 +290,24 @@ def link_info(fd: int) -> LinkInfo:
     info = _LinkInfo()
     _info("a link", fd, info)
     return LinkInfo(id=info.id, program_id=info.prog_id, target=info.target)
+
+
+def load_program(kind: int, name: str, instructions: bytes, *, flags: int = 0, log_bytes: int = 0) -> Fd:
+    """Verify and load a program under the licence GPL. `kind`: enum bpf_prog_type.
+
+    With room of `log_bytes` for the verifier's words, its last lines are in the error.
+    """
+    log = c.create_string_buffer(max(1, log_bytes))
+    opts = _ProgLoadOpts(sz=c.sizeof(_ProgLoadOpts), prog_flags=flags, attempts=5)
+    if log_bytes:
+        opts.log_level, opts.log_size, opts.log_buf = 1, log_bytes, c.cast(log, c.c_void_p)
+    what = f"load program {name}"
+    try:
+        arguments = kind, name.encode(), b"GPL", instructions, len(instructions) // 8, c.byref(opts)
+        return Fd(_call(what, "bpf_prog_load", *arguments))
+    except BpfError as error:
+        words = log.value.decode(errors="replace").strip().splitlines()[-LAST_WORDS:]
+        raise BpfError(": ".join([what, *words]), error.errno) from None
 
 
 def attach_xdp(program: int, ifindex: int, flags: int) -> Fd:

@@ -4,7 +4,6 @@ Runs as root for a second and ends; what it pinned stays. The daemon opens the p
 
 Invariants:
     no-gap: an upgrade swaps the program of a live link; there is no moment without one.
-    foreign-stays: an XDP program that is not ours is never displaced unless told to.
     detach-leaves-nothing: after detach() no pin, link or program of ours is left.
 """
 
@@ -18,7 +17,6 @@ import shutil
 import stat
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,10 @@ import numpy as np
 from edge.abi import Level
 from edge.config import Config
 from edge.errors import UnavailableError
-from edge.kernel import interfaces, libbpf
+from edge.kernel import attach, interfaces, libbpf
+from edge.kernel.attach import is_live
 from edge.kernel.compile import Compiled, compile_programs, write_identity
-from edge.kernel.libbpf import BpfError, Fd
+from edge.kernel.libbpf import BpfError
 from edge.kernel.maps import Policy
 from edge.kernel.nft import remove_table
 from edge.kernel.pins import Pins
@@ -37,7 +36,6 @@ from edge.kernel.program import U32, Sizes
 log = logging.getLogger(__name__)
 
 BPFFS = Path("/sys/fs/bpf")
-ARPHRD_ETHER = "1"  # linux/if_arp.h
 
 
 def sizes(config: Config) -> Sizes:
@@ -62,33 +60,12 @@ def cgroup(config: Config) -> Path:
 def is_current(config: Config) -> bool:
     """Whether what is pinned and attached is just what load() would make: nothing to do."""
     pins = Pins(Path(config.paths.pins))
-    targets = set(interfaces.resolve(config.interfaces.names).values())
-    if not pins.build_matches(sizes(config)) or set(pins.xdp_links()) != targets:
-        return False
-    return all(_is_live(pins, pins.xdp_link(index), "xdp", index) for index in targets) and _is_live(
-        pins, pins.sockops_link, "sockops", cgroup(config).stat().st_ino
+    chosen = interfaces.resolve(config.interfaces.names, pins.xdp_links()).require()
+    return (
+        pins.build_matches(sizes(config))
+        and attach.is_attached(pins, chosen, config.interfaces.xdp_mode)
+        and is_live(pins, pins.sockops_link, "sockops", cgroup(config).stat().st_ino)
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attachment:
-    """An interface and what of ours is on it: mode "native" or "generic", or "missing" with program 0."""
-
-    ifindex: int
-    mode: str
-    program_id: int
-
-
-def attachments(config: Config) -> dict[str, Attachment]:
-    """How things stand on every configured interface. Not for a running event loop: pyroute2 has its own."""
-    with libbpf.get(Pins(Path(config.paths.pins)).program("xdp")) as pinned:
-        ours = libbpf.program_info(pinned.number).id
-    found = {}
-    for name, index in interfaces.resolve(config.interfaces.names).items():
-        modes = {"native": libbpf.XDP_NATIVE, "generic": libbpf.XDP_GENERIC}
-        mode = next((word for word, flags in modes.items() if libbpf.attached_program(index, flags) == ours), "missing")
-        found[name] = Attachment(ifindex=index, mode=mode, program_id=0 if mode == "missing" else ours)
-    return found
 
 
 def load(config: Config, *, replace: bool = False, user: str | None = None) -> None:
@@ -111,7 +88,7 @@ def install(config: Config, *, replace: bool) -> None:
     pins = Pins(Path(config.paths.pins))
     _finish_rename(pins)
     pins.maps.mkdir(mode=0o700, exist_ok=True)
-    targets = interfaces.resolve(config.interfaces.names)
+    chosen = interfaces.resolve(config.interfaces.names, pins.xdp_links()).require()
     group = cgroup(config)
     started = time.monotonic()
     if pins.build_matches(sizes(config)):
@@ -125,12 +102,8 @@ def install(config: Config, *, replace: bool) -> None:
     with libbpf.get(pins.program("xdp")) as xdp, libbpf.get(pins.program("sockops")) as sockops:
         _adopt_half_made_links(pins)
         _swap_in(pins, xdp.number, sockops.number)
-        for name, index in targets.items():
-            _make_way(pins, name, index, replace=replace)
-        for name, index in targets.items():
-            _attach(pins, name, index, xdp.number, config.interfaces.xdp_mode)
+        attach.attach_all(pins, chosen, xdp.number, config.interfaces.xdp_mode, replace=replace)
         _attach_sockops(pins, group, sockops.number)
-    _drop_stale_links(pins, set(targets.values()))
 
 
 def detach(config: Config) -> list[str]:
@@ -233,8 +206,14 @@ def _swap_in(pins: Pins, xdp: int, sockops: int) -> None:
                 if libbpf.link_info(link.number).program_id != libbpf.program_info(program).id:
                     libbpf.update_link(link.number, program)
             except BpfError as error:
-                if error.errno != errno.ENOLINK:  # its interface or cgroup is gone: made again below
+                if path == pins.sockops_link and error.errno != errno.ENOLINK:
                     raise
+                if error.errno != errno.ENOLINK:  # else its interface or cgroup is gone; made again below either way
+                    log.warning(
+                        "the driver refused the new program: attached again, nothing is judged meanwhile",
+                        extra={"fields": {"link": path.name, "why": str(error)}},
+                    )
+                    libbpf.detach_link(link.number)
                 path.unlink()
 
 
@@ -253,83 +232,19 @@ def _copy_policy(pins: Pins, compiled: Compiled) -> None:
     Policy(compiled.maps, int(identity["seed"]))  # fills the filter, which depends on the new tables' seed
 
 
-def _is_live(pins: Pins, path: Path, program: str, target: int) -> bool:
-    """Whether a pinned link is attached to this interface index (or cgroup id) and runs the pinned program."""
-    if not path.exists() or not pins.program(program).exists():
-        return False
-    with libbpf.get(path) as link, libbpf.get(pins.program(program)) as pinned:
-        info = libbpf.link_info(link.number)
-        return info.target == target and info.program_id == libbpf.program_info(pinned.number).id
-
-
 def _adopt_half_made_links(pins: Pins) -> None:
     """Links of a load that was killed between pinning them and giving them their name."""
     for path in pins.root.glob("*_link*_new"):
         path.rename(path.with_name(path.name.removesuffix("_new")))
 
 
-def _make_way(pins: Pins, name: str, ifindex: int, *, replace: bool) -> None:
-    """Refuse, or displace when told to, what else is on an interface; before anything is attached anywhere."""
-    if _is_live(pins, pins.xdp_link(ifindex), "xdp", ifindex):
-        return
-    foreign = libbpf.attached_program(ifindex)
-    if foreign:
-        _displace(name, ifindex, foreign, replace=replace)
-
-
-def _attach(pins: Pins, name: str, ifindex: int, program: int, mode: str) -> None:
-    if _is_live(pins, pins.xdp_link(ifindex), "xdp", ifindex):
-        return
-    kind = Path("/sys/class/net", name, "type")
-    if kind.exists() and kind.read_text().strip() != ARPHRD_ETHER:
-        log.warning("no Ethernet header there: nothing of it can be judged", extra={"fields": {"interface": name}})
-    pins.xdp_link(ifindex).unlink(missing_ok=True)
-    link, used = _link(name, ifindex, program, mode)
-    with link:
-        libbpf.pin(link.number, pins.xdp_link(ifindex))
-    log.info("attached", extra={"fields": {"interface": name, "xdp": used}})
-
-
-def _displace(name: str, ifindex: int, foreign: int, *, replace: bool) -> None:
-    theirs = libbpf.program_info_by_id(foreign)
-    what = f"interface {name} already has an XDP program (id {theirs.id}, name {theirs.name!r}, tag {theirs.tag})"
-    if not replace:
-        raise UnavailableError(f"{what}: it was left alone; use --replace to displace it")
-    libbpf.detach_foreign(ifindex)
-    log.warning("displaced a foreign XDP program", extra={"fields": {"interface": name, "program": theirs.name}})
-
-
-def _link(name: str, ifindex: int, program: int, mode: str) -> tuple[Fd, str]:
-    """Attach natively where the driver can, else generically; says which. Attaching may reset a NIC."""
-    if mode != "generic":
-        try:
-            return libbpf.attach_xdp(program, ifindex, libbpf.XDP_NATIVE), "native"
-        except BpfError as error:
-            if mode == "native":
-                raise UnavailableError(
-                    f"interface {name}: its driver has no native XDP for this program ({error})"
-                ) from error
-            log.info("no native XDP here, generic instead", extra={"fields": {"interface": name, "why": str(error)}})
-    return libbpf.attach_xdp(program, ifindex, libbpf.XDP_GENERIC), "generic"
-
-
 def _attach_sockops(pins: Pins, group: Path, program: int) -> None:
-    if _is_live(pins, pins.sockops_link, "sockops", group.stat().st_ino):
+    if is_live(pins, pins.sockops_link, "sockops", group.stat().st_ino):
         return
     pins.sockops_link.unlink(missing_ok=True)
     with libbpf.attach_sockops(program, group) as link:
         libbpf.pin(link.number, pins.sockops_link)
     log.info("counting handshakes", extra={"fields": {"cgroup": str(group)}})
-
-
-def _drop_stale_links(pins: Pins, wanted: set[int]) -> None:
-    """Links of interfaces that are gone or no longer configured."""
-    for index, path in pins.xdp_links().items():
-        if index not in wanted:
-            with libbpf.get(path) as link:
-                libbpf.detach_link(link.number)
-            path.unlink()
-            log.info("detached", extra={"fields": {"ifindex": index}})
 
 
 def _hand_over(root: Path, user: str | None) -> None:
