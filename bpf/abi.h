@@ -56,6 +56,7 @@ enum reason {
 	REASON_CONFORMING_GOOD,		/* the same, a good entry cut the chain */
 	REASON_UNTRACKED,		/* no level had room: the shared budget admitted it */
 	REASON_VERIFIED,		/* no level had room: a verified sender */
+	REASON_PROVED,			/* no SYN: the RST by which a client answered its challenge */
 	/* refused */
 	REASON_BLOCKED_LEARNED,		/* longest match: a learned block */
 	REASON_BLOCKED_LIST,		/* longest match: a block list */
@@ -72,6 +73,7 @@ enum reason {
 	REASON_OPEN_32,
 	REASON_LIMIT_UNTRACKED,		/* no level had room, shared budget spent */
 	REASON_RACE_LOST,		/* other CPUs won every retry; charges refunded */
+	REASON_CHALLENGED,		/* a forged level's limit is spent: answered by a cookie instead */
 	/* the program itself; expected to stay 0 */
 	REASON_INTERNAL,		/* a map was missing: passed */
 	REASONS,
@@ -109,6 +111,7 @@ enum control_flag {
 	CONTROL_EXEMPT_PRIVATE = 2,	/* pass private and local sources */
 	CONTROL_LISTED_ONLY = 4,	/* protect only `protected` addresses */
 	CONTROL_DEAD_KEEPS_BLOCKS = 8,	/* learned blocks outlive the controller */
+	CONTROL_CHALLENGE = 16,		/* challenge where a forged level's limit is spent */
 };
 
 /* map identity[1]: who made the pinned objects. Writer: loader, once. */
@@ -117,6 +120,7 @@ struct identity {
 	__u64 build_id;		/* hash of program text and flags: program may be */
 	__u64 seed;		/* keys the index of the row tables */
 	__u64 created_ns;	/* CLOCK_MONOTONIC */
+	__u64 cookie_key[2];	/* secret of the challenge */
 };
 
 /* map control[1]: what the daemon tells the programs. Writer: daemon. */
@@ -129,6 +133,7 @@ struct control {
 	__u32 policy_ranges;		/* entries in the range trie */
 	__u64 untracked_interval_ns;	/* GCRA of the budget shared when no level has room */
 	__u64 untracked_tolerance_ns;
+	__u64 flood_until_ns;	/* CLOCK_MONOTONIC: until then most SYNs of the whole host are forged */
 	__u32 forged_levels;	/* bit LEVEL_x: the map `forged` may hold one */
 	__u32 pad;
 	/* open connections from which a prefix is worth asking about, by service * LEVELS + level; 0: never */
@@ -235,8 +240,9 @@ struct verdict {
 	__u8 drop;
 	__u8 cut;		/* first level that was not asked; LEVELS: all were */
 	__u8 standing[LEVELS];	/* of each level's own entry */
-	__u8 own;		/* bit LEVEL_x: asked for the budget of verified senders, the prefix being forged */
-	__u8 pad[3];
+	__u8 forged;		/* bit LEVEL_x: most SYNs of this prefix are forged */
+	__u8 own;		/* bit LEVEL_x: and it is asked for the budget of its verified senders */
+	__u8 pad[2];
 };
 
 /* Every shared type, for the generator: one left out is missing in abi.py. */

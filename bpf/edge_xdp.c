@@ -40,7 +40,7 @@ INLINE void count(u32 reason, int drop)
 
 INLINE int is_refusal(u32 reason)
 {
-	return reason >= REASON_BLOCKED_LEARNED && reason <= REASON_RACE_LOST;
+	return reason >= REASON_BLOCKED_LEARNED && reason <= REASON_CHALLENGED;
 }
 
 INLINE int is_unjudged(u32 reason)
@@ -278,8 +278,8 @@ INLINE void read_tally(u32 level, u64 mixed, u64 service, u64 *open, u64 *known)
 
 	*open = 0;
 	*known = 0;
-#pragma unroll
-	for (u32 way = 0; way < TALLIES_PER_SET; way++, index++) {
+#pragma nounroll
+	for (u64 way = 0; way < TALLIES_PER_SET; way++, index++) {
 		row = connections.lookup(&index);
 		if (!row)
 			return;
@@ -326,13 +326,16 @@ INLINE u32 crowded_level(const struct asked *asked, const struct verdict *out)
 }
 
 /* Where most SYNs of a prefix are forged, those of its senders who completed a handshake before are charged to
- * a row of their own, with the same limit: what a forger spends is the others'. It bounds as well who forges
- * his own network to be spared: he gets twice its limit. A forger of a verified sender's very address spends
- * the verified senders' budget; only a challenge tells the two apart. */
-INLINE void spare_verified(u64 now, u64 seed, const struct control *settings, struct asked *asked, struct verdict *out)
+ * a row of their own, and so are connections whose client answered a challenge, each with the same limit: what
+ * a forger spends is the others'. It bounds as well who forges his own network to be spared: he gets three times
+ * its limit. A forger of a verified sender's very address spends the verified senders' budget; only a challenge
+ * tells the two apart. */
+INLINE void spare_verified(u64 now, u64 seed, const struct control *settings, struct scratch *working,
+			   struct verdict *out)
 {
 	struct policy_key key = { .service = out->service };
-	u64 forged_here = 0, open, known_address = 0, known_64;
+	u64 forged_here = 0, open, known_address = 0, known_64, row = ROW_OF_VERIFIED;
+	struct asked *asked = working->asked;
 
 #pragma unroll
 	for (u32 level = LEVEL_64; level < LEVELS; level++) {
@@ -348,39 +351,77 @@ INLINE void spare_verified(u64 now, u64 seed, const struct control *settings, st
 	}
 	if (!forged_here)
 		return;
-	if (!out->ipv4)
-		read_tally(LEVEL_128, mixed_key(out->hi, out->lo, seed), out->service, &open, &known_address);
-	read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known_64);
-	out->own = forged_here & ((known_address << LEVEL_64) | (known_64 * (~0ull << LEVEL_56)));
+	out->forged = forged_here;
+	if (working->is_plain && has_proof(out, working->plain.ports, now)) {
+		out->own = forged_here;
+		row = ROW_OF_PROVED;
+	} else {
+		if (!out->ipv4)
+			read_tally(LEVEL_128, mixed_key(out->hi, out->lo, seed), out->service, &open, &known_address);
+		read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known_64);
+		out->own = forged_here & ((known_address << LEVEL_64) | (known_64 * (~0ull << LEVEL_56)));
+	}
 #pragma unroll
 	for (u32 level = LEVEL_64; level < LEVELS; level++)
-		asked[level].tag |= ROW_OF_VERIFIED & -((u64)(out->own >> level) & 1);
+		asked[level].tag |= row & -((u64)(out->own >> level) & 1);
+}
+
+/* The one budget of all that no row keeps count of: 1 if it admits this connection. */
+INLINE int charge_shared(u64 now, const struct control *settings)
+{
+	struct limit limit = { .emission_interval_ns = settings->untracked_interval_ns,
+			       .burst_tolerance_ns = settings->untracked_tolerance_ns };
+	u64 *tat, before, base;
+	u32 zero = 0;
+
+	tat = untracked.lookup(&zero);
+	if (!tat)
+		return 1;
+	before = *(volatile u64 *)tat;
+	base = gcra_base(before, now, &limit);
+	return !gcra_exceeds(base, now, &limit) &&
+	       __sync_val_compare_and_swap(tat, before, base + limit.emission_interval_ns) == before;
 }
 
 /* No level has room for this prefix: a verified sender passes, the others share one counted budget. */
 INLINE u32 judge_untracked(u64 now, u64 seed, const struct control *settings, const struct verdict *out)
 {
-	struct limit limit = { .emission_interval_ns = settings->untracked_interval_ns,
-			       .burst_tolerance_ns = settings->untracked_tolerance_ns };
-	u64 *tat, seen, base, open, known;
-	u32 zero = 0;
+	u64 open, known;
 
 	read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known);
 	if (known)
 		return REASON_VERIFIED;
-	tat = untracked.lookup(&zero);
-	if (!tat)
-		return REASON_INTERNAL;
-	seen = *(volatile u64 *)tat;
-	base = gcra_base(seen, now, &limit);
-	if (gcra_exceeds(base, now, &limit) ||
-	    __sync_val_compare_and_swap(tat, seen, base + limit.emission_interval_ns) != seen)
-		return REASON_LIMIT_UNTRACKED;
-	return REASON_UNTRACKED;
+	return charge_shared(now, settings) ? REASON_UNTRACKED : REASON_LIMIT_UNTRACKED;
 }
 
-INLINE u32 limit_rate(u64 now, u64 seed, const struct control *settings, struct asked *asked, struct verdict *out)
+/* The limit of a level is spent, for `reason`. Where that was a forger's doing, ask the client first. */
+INLINE u32 refuse_or_challenge(u32 reason, u64 now, u64 seed, const struct control *settings,
+			       const struct scratch *working, const struct verdict *out)
 {
+	if (!working->is_plain || !(out->forged >> ((reason - REASON_LIMIT_128) & 7) & 1) ||
+	    has_proof(out, working->plain.ports, now))
+		return reason;
+	if (is_late_retransmission(&working->plain, seed, now) && charge_shared(now, settings))
+		return REASON_UNTRACKED;
+	return REASON_CHALLENGED;
+}
+
+/* While most SYNs of the whole host are forged, from everywhere, no prefix's limit is spent: 1 if this client is to
+ * be asked first, which costs less than the kernel's own answer. Verified senders are not. */
+INLINE int is_stranger(u64 now, u64 seed, const struct control *settings, const struct scratch *working,
+		       const struct verdict *out)
+{
+	u64 open, known;
+
+	if (out->cut < LEVELS || has_proof(out, working->plain.ports, now))
+		return 0;
+	read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known);
+	return !known && !(is_late_retransmission(&working->plain, seed, now) && charge_shared(now, settings));
+}
+
+INLINE u32 limit_rate(u64 now, u64 seed, const struct control *settings, struct scratch *working, struct verdict *out)
+{
+	struct asked *asked = working->asked;
 	struct place places[LEVELS];
 	u64 untracked_only;
 	u32 refused;
@@ -388,7 +429,7 @@ INLINE u32 limit_rate(u64 now, u64 seed, const struct control *settings, struct 
 	if (!prepare(out, asked, places))
 		return REASON_INTERNAL;
 	if (settings->forged_levels)
-		spare_verified(now, seed, settings, asked, out);
+		spare_verified(now, seed, settings, working, out);
 	refused = crowded_level(asked, out);
 	if (refused < LEVELS) {
 		out->length = level_length(refused);
@@ -415,12 +456,14 @@ INLINE u32 limit_rate(u64 now, u64 seed, const struct control *settings, struct 
 
 /* From a SYN to the reason it passes or is refused for. The clock is read late: it costs as much as
  * everything before it, and most SYNs of a busy host go to other ports. */
-INLINE u32 judge(const struct packet *packet, int recorded, const struct control *settings, struct verdict *out)
+INLINE u32 judge(struct xdp_md *ctx, const struct packet *packet, int recorded, const struct control *settings,
+		 struct verdict *out)
 {
 	struct source source = {};
 	u32 port = packet->port, zero = 0;
 	struct scratch *working;
 	struct identity *made;
+	u32 reason, flood;
 	u8 *service;
 	u64 now;
 
@@ -455,7 +498,17 @@ INLINE u32 judge(const struct packet *packet, int recorded, const struct control
 	match_policy(now, made->seed, settings, working->asked, out);
 	if (out->reason != REASON_INTERNAL)
 		return out->reason;
-	return limit_rate(now, made->seed, settings, working->asked, out);
+	flood = settings->flood_until_ns > now;
+	working->is_plain = (flood || settings->forged_levels) && settings->flags & CONTROL_CHALLENGE &&
+			    is_plain((void *)(long)ctx->data, (void *)(long)ctx->data_end, &working->plain);
+	if (flood && working->is_plain && is_stranger(now, made->seed, settings, working, out))
+		return REASON_CHALLENGED;
+	/* through the map, so that the verifier forgets which of many ways led here */
+	out->reason = limit_rate(now, made->seed, settings, working, out);
+	reason = *(volatile u32 *)&out->reason;
+	if (working->is_plain && reason >= REASON_LIMIT_128 && reason <= REASON_LIMIT_32)
+		reason = refuse_or_challenge(reason, now, made->seed, settings, working, out);
+	return reason;
 }
 
 INLINE int finish(u32 reason, const struct control *settings)
@@ -481,8 +534,12 @@ INLINE int run(struct xdp_md *ctx, int recorded)
 	if (!settings)
 		return XDP_PASS;
 	parsed = parse((void *)(long)ctx->data, (void *)(long)ctx->data_end, &packet);
-	if (parsed != PARSED_SYN && !recorded)
+	if (parsed != PARSED_SYN && !recorded) {
+		if (parsed == REASON_NOT_SYN && settings->flags & CONTROL_CHALLENGE &&
+		    take_answer(ctx))
+			parsed = REASON_PROVED;
 		return finish(parsed, settings);
+	}
 	out = verdicts.lookup(&zero);
 	if (!out)
 		return XDP_PASS;
@@ -492,19 +549,24 @@ INLINE int run(struct xdp_md *ctx, int recorded)
 	out->dport = packet.port;
 	out->cut = LEVELS;
 	out->reason = REASON_INTERNAL;
-	reason = parsed == PARSED_SYN ? judge(&packet, recorded, settings, out) : parsed;
+	reason = parsed == PARSED_SYN ? judge(ctx, &packet, recorded, settings, out) : parsed;
 	action = finish(reason, settings);
 	out->reason = reason;
 	out->drop = action == XDP_DROP;
+	if (out->drop && reason == REASON_CHALLENGED && !recorded)
+		return answer(ctx, out->now_ns);
 	return action;
 }
 
-int edge_xdp(struct xdp_md *ctx)
-{
-	return run(ctx, 0);
-}
-
+/* One of the two, the other is not compiled: most of a start is the compiler's. */
+#ifdef EDGE_RECORDED
 int edge_xdp_recorded(struct xdp_md *ctx)
 {
 	return run(ctx, 1);
 }
+#else
+int edge_xdp(struct xdp_md *ctx)
+{
+	return run(ctx, 0);
+}
+#endif

@@ -85,6 +85,26 @@ EDGE_MAP("array", u32, u64, uncounted, LEVELS, 0);
  * program. Full: the daemon leaves the others out. */
 EDGE_MAP("hash", struct policy_key, u64, forged, 4096, BPF_F_NO_PREALLOC);
 
+/* proved: connections whose client answered a challenge, until when (CLOCK_MONOTONIC). Writer and reader: XDP
+ * program. Full: the least recently used goes (LRU): only clients that receive at their address write here, and one
+ * that lost its proof is challenged again. */
+struct proof_key {
+	u64 hi, lo;	/* as keyed */
+	u32 ports;
+	u32 pad;
+};
+EDGE_MAP("lru_hash", struct proof_key, u64, proved, 65536, 0);
+
+/* seen: which SYNs came in the last windows, by a few bits of a keyed hash: a word for each of the last four
+ * windows. Writer and reader: XDP program, only for SYNs that are to be challenged. Full (a million SYNs a second
+ * fill a fifth of it): some SYNs are taken for retransmissions, and meet the shared budget instead. */
+#define SEEN_WINDOWS 4
+#define SEEN_LINES 131072
+struct seen_line {
+	u64 window[SEEN_WINDOWS];
+};
+EDGE_MAP("array", u32, struct seen_line, seen, SEEN_LINES, 0);
+
 /* verdicts[0], per CPU: how this CPU judged its last SYN; the clock of recorded packets comes in here.
  * Writer: program. Reader: `edge packets`. Kept in a map and not on the stack (512 bytes), and so that
  * the verifier forgets which of many ways led to a value: it would otherwise follow each of them through
@@ -102,5 +122,7 @@ struct asked {
 };
 struct scratch {
 	struct asked asked[LEVELS];
+	struct plain plain;	/* what a challenge needs of the frame */
+	u64 is_plain;
 };
 EDGE_MAP("percpu_array", u32, struct scratch, scratch, 1, 0);

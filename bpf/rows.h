@@ -33,13 +33,15 @@ INLINE __u64 mixed_key(__u64 hi, __u64 lo, __u64 seed)
 	return lo ? mix(mix(hi ^ seed) ^ lo) : mix(hi ^ seed);
 }
 
-/* In a tag: the row is the prefix's second one, the budget of its verified senders while it is forged. */
+/* In a tag: the row is not the prefix's ordinary one but, while it is forged, the budget of its verified senders,
+ * or of those who answered a challenge. */
 #define ROW_OF_VERIFIED 2ull
+#define ROW_OF_PROVED 4ull
 
 /* Tag bits that tell rows of one line apart, for a level of `line_mask` + 1 lines. */
 INLINE __u64 tag_bits(__u64 line_mask)
 {
-	return ~line_mask | ROW_OF_VERIFIED | 1;
+	return ~line_mask | ROW_OF_PROVED | ROW_OF_VERIFIED | 1;
 }
 
 INLINE __u64 row_tag(__u64 mixed, __u64 line_mask, __u64 service)

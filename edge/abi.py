@@ -4,7 +4,7 @@ import enum
 
 import numpy as np
 
-ABI_ID = 0x2179917147B2BAAD  # of everything below
+ABI_ID = 0x2C100D1004B18DBC  # of everything below
 ABI_VERSION = 1
 ROWS_PER_LINE = 4
 TALLIES_PER_SET = 4
@@ -33,7 +33,7 @@ class Service(enum.IntEnum):
     SUBMISSION = 1
 
 
-REASONS = 33
+REASONS = 35
 
 
 class Reason(enum.IntEnum):
@@ -56,22 +56,24 @@ class Reason(enum.IntEnum):
     CONFORMING_GOOD = 14
     UNTRACKED = 15
     VERIFIED = 16
-    BLOCKED_LEARNED = 17
-    BLOCKED_LIST = 18
-    BLOCKED_OPERATOR = 19
-    LIMIT_128 = 20
-    LIMIT_64 = 21
-    LIMIT_56 = 22
-    LIMIT_48 = 23
-    LIMIT_32 = 24
-    OPEN_128 = 25
-    OPEN_64 = 26
-    OPEN_56 = 27
-    OPEN_48 = 28
-    OPEN_32 = 29
-    LIMIT_UNTRACKED = 30
-    RACE_LOST = 31
-    INTERNAL = 32
+    PROVED = 17
+    BLOCKED_LEARNED = 18
+    BLOCKED_LIST = 19
+    BLOCKED_OPERATOR = 20
+    LIMIT_128 = 21
+    LIMIT_64 = 22
+    LIMIT_56 = 23
+    LIMIT_48 = 24
+    LIMIT_32 = 25
+    OPEN_128 = 26
+    OPEN_64 = 27
+    OPEN_56 = 28
+    OPEN_48 = 29
+    OPEN_32 = 30
+    LIMIT_UNTRACKED = 31
+    RACE_LOST = 32
+    CHALLENGED = 33
+    INTERNAL = 34
 
 
 STANDINGS = 6
@@ -118,17 +120,19 @@ class ControlFlag(enum.IntFlag):
     EXEMPT_PRIVATE = 2
     LISTED_ONLY = 4
     DEAD_KEEPS_BLOCKS = 8
+    CHALLENGE = 16
 
 
-IDENTITY = np.dtype(  # 32 bytes
+IDENTITY = np.dtype(  # 48 bytes
     [
         ("abi_id", "<u8"),
         ("build_id", "<u8"),
         ("seed", "<u8"),
         ("created_ns", "<u8"),
+        ("cookie_key", "<u8", (2,)),
     ]
 )
-CONTROL = np.dtype(  # 96 bytes
+CONTROL = np.dtype(  # 104 bytes
     [
         ("heartbeat_ns", "<u8"),
         ("heartbeat_grace_ns", "<u8"),
@@ -138,6 +142,7 @@ CONTROL = np.dtype(  # 96 bytes
         ("policy_ranges", "<u4"),
         ("untracked_interval_ns", "<u8"),
         ("untracked_tolerance_ns", "<u8"),
+        ("flood_until_ns", "<u8"),
         ("forged_levels", "<u4"),
         ("pad", "<u4"),
         ("crowded_from", "<u4", (10,)),
@@ -232,7 +237,8 @@ VERDICT = np.dtype(  # 48 bytes
         ("drop", "<u1"),
         ("cut", "<u1"),
         ("standing", "<u1", (5,)),
+        ("forged", "<u1"),
         ("own", "<u1"),
-        ("pad", "<u1", (3,)),
+        ("pad", "<u1", (2,)),
     ]
 )

@@ -198,7 +198,7 @@ class Daemon:
         )
         self.outcome = step(self.state, inputs, began_s, self.config.core)
         self.totals.suppressed.update(self.outcome.counts.suppressed)
-        self._mark_forged(self.outcome.forged)
+        self._mark_forged(self.outcome.forged, self.outcome.flood_until_s)
         self._install(began_s)
         self._record(self.outcome.decisions)
         self.totals.last_tick_s = self.clock.now_s() - began_s
@@ -227,8 +227,11 @@ class Daemon:
             differing |= differences(known, actual, LENGTHS[level], found.listening)
         self.tables.corrections.write(reconciler.observe(differing))
 
-    def _mark_forged(self, forged: Mapping[tuple[Service, Prefix], float]) -> None:
+    def _mark_forged(self, forged: Mapping[tuple[Service, Prefix], float], flood_until_s: float) -> None:
         """Tell the kernel, and the log what is new or over."""
+        if bool(flood_until_s) != bool(self.tables.flood_until_s):
+            log.warning("flood of forged SYNs from everywhere" if flood_until_s else "flood over")
+        self.tables.flood_until_s = flood_until_s
         marks = self.tables.forged
         before = set(marks.held)
         marks.write({key: int(until_s * 1e9) for key, until_s in forged.items()})

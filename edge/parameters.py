@@ -287,6 +287,20 @@ class Strict(Section, frozen=True):
     ] = False
 
 
+class Challenge(Section, frozen=True):
+    """What to do, instead of refusing, where the limit of a network is spent by SYNs that somebody else forged."""
+
+    mode: Annotated[
+        Literal["off", "auto"],
+        Meta(
+            description="off: only senders that completed a handshake before have a budget of their own there. auto: "
+            "others are answered by a SYN-ACK that makes a real client reset and connect again at once (Linux) or "
+            "after 1 to 3 seconds; a forger never sees it. Clients behind a firewall that swallows it get in with a "
+            "later retransmission, under the budget in limits.untracked."
+        ),
+    ] = "off"
+
+
 class PostfixEvidence(Section, frozen=True):
     """Postfix's log: who was accepted, refused, or logged in."""
 

@@ -9,6 +9,7 @@ from msgspec import Meta
 from edge.core.plan import PlanParams
 from edge.core.step import CoreParams
 from edge.parameters import (
+    Challenge,
     Control,
     Evidence,
     Exempt,
@@ -48,6 +49,7 @@ class Config(Section, frozen=True):
     heartbeat: Heartbeat = Heartbeat()
     exempt: Exempt = Exempt()
     strict: Strict = Strict()
+    challenge: Challenge = Challenge()
     evidence: Evidence = Evidence()
     core: CoreParams = CoreParams()
     plan: PlanParams = PlanParams()

@@ -5,8 +5,11 @@ of the network it names. While that goes on the kernel charges those of its send
 a budget of their own (bpf/edge_xdp.c, spare_verified), so that they are not refused for what somebody else spent. A
 forger of just their addresses spends that budget too: only a challenge tells it from them.
 
-From then on the handshakes of verified senders say nothing of what the first budget admits, so that only those count
-that newcomers complete.
+A forger of everybody's addresses at once spends nobody's limit. That is no trouble of anyone's budget but of the
+host's: where the challenge is wanted, everybody but verified senders is then asked before the kernel's TCP is.
+
+While a prefix is forged the handshakes of verified senders say nothing of what the first budget admits, so that only
+those count that newcomers complete.
 
 Invariants:
     forgery-scores-nothing: no belief changes because of it.
@@ -22,7 +25,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from edge.abi import Level, Service
+from edge.abi import Level, Reason, Service
 from edge.core.prefix import Prefix
 
 
@@ -44,6 +47,14 @@ class ForgeryParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             ge=1, le=3600, description="Ticks in a row; three keep a burst of slow handshakes from being taken for it."
         ),
     ] = 3
+    flood_per_s: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0,
+            description="SYNs a second, admitted or challenged, from which the whole host counts as flooded when "
+            "hardly any becomes a connection. Postfix takes some hundred connections a second.",
+        ),
+    ] = 1000.0
     hold_s: Annotated[
         float,
         msgspec.Meta(
@@ -73,6 +84,7 @@ class Forgery:
     def __init__(self) -> None:
         self._ticks: dict[Key, int] = {}
         self._until_s: dict[Key, float] = {}
+        self._flood_ticks, self._flood_until_s = 0, 0.0
 
     def observe(
         self,
@@ -96,6 +108,22 @@ class Forgery:
                 kept[key] = now_s + params.hold_s
         self._ticks, self._until_s = followed, kept
         return dict(kept)
+
+    def observe_all(
+        self, counters: np.ndarray, connections: np.ndarray, seconds: float, now_s: float, params: ForgeryParams
+    ) -> float:
+        """Until when the whole host counts as flooded by forged SYNs from everywhere, in seconds; 0.0: it is not.
+
+        No limit is spent by such a flood, but nearly all it is admitted for stays without a handshake. `counters`
+        (REASONS, 2) and `connections` (CONNECTIONS rows) came in the last `seconds`.
+        """
+        asked = int(counters[[Reason.CONFORMING, Reason.UNTRACKED, Reason.CHALLENGED]].sum())
+        completed = int(connections["completed"][connections["level"] == Level.L64].sum())
+        is_flood = asked > params.flood_per_s * seconds > 0 and completed < params.completed_share * asked
+        self._flood_ticks = self._flood_ticks + 1 if is_flood else 0
+        if self._flood_ticks >= params.ticks or (is_flood and self._flood_until_s > now_s):
+            self._flood_until_s = now_s + params.hold_s
+        return self._flood_until_s if self._flood_until_s > now_s else 0.0
 
 
 def _completed(connections: np.ndarray, one: Saturated, *, newcomers: bool) -> int:

@@ -88,6 +88,7 @@ class Outcome:
     decisions: tuple[Decision, ...]
     learned: Mapping[tuple[Service, Prefix], Entry]
     forged: Mapping[tuple[Service, Prefix], float]
+    flood_until_s: float  # until then the whole host is flooded by forged SYNs from everywhere; 0.0: it is not
     counts: Counts
 
 
@@ -106,12 +107,14 @@ def step(state: State, inputs: Inputs, now_s: float, params: CoreParams) -> Outc
     )
     delta = inputs.delta
     forged = state.forgery.observe(inputs.saturated, delta.connections, delta.seconds, now_s, params.forgery)
+    flood_until_s = state.forgery.observe_all(delta.counters, delta.connections, delta.seconds, now_s, params.forgery)
     applied, held = state.ledger.apply(propose(view, touched), state.reputation, now_s, params.ledger)
     suppressed = {why: view.suppressed.get(why, 0) + held.get(why, 0) for why in sorted({*view.suppressed, *held})}
     return Outcome(
         decisions=(*decisions, *applied),
         learned=MappingProxyType(state.ledger.learned),
         forged=forged,
+        flood_until_s=flood_until_s,
         counts=_count(state.reputation, inputs, suppressed),
     )
 

@@ -97,7 +97,8 @@ def _load(kind: int, name: str, instructions: bytes) -> Fd:
 
 
 def write_identity(maps: dict[str, Map], sizes: Sizes, now_ns: int, *, complete: bool = True) -> None:
-    """Fill map `identity`: whose maps these are, and the secret seed of the row index.
+    """Fill map `identity`: whose maps these are, and the secrets: the seed of the row index and the key of
+    the challenge.
 
     The seed of adopted maps stays: rows are found by it. `complete` also names the build, which says that its programs
     are pinned and attached: to be written last.
@@ -109,6 +110,8 @@ def write_identity(maps: dict[str, Map], sizes: Sizes, now_ns: int, *, complete:
     if not record["seed"]:
         record["seed"] = int.from_bytes(os.urandom(8), "little") | 1
         record["created_ns"] = now_ns
+    if not record["cookie_key"].any():
+        record["cookie_key"] = np.frombuffer(os.urandom(16), np.uint64)
     record["abi_id"] = program.layout_id(sizes)
     record["build_id"] = program.build_id(sizes) if complete else 0
     table.put(zero, record)

@@ -360,6 +360,15 @@ def run_packet(program: int, packet: bytes, *, repeat: int = 1) -> tuple[int, in
     return int(opts.retval), int(opts.duration)
 
 
+def run_frame(program: int, packet: bytes) -> tuple[int, bytes]:
+    """Run a program on a packet (at least 14 bytes) once: its return value and what it made of the packet."""
+    data, made = c.create_string_buffer(packet, len(packet)), c.create_string_buffer(len(packet) + 256)
+    opts = _TestRunOpts(sz=c.sizeof(_TestRunOpts), data_size_in=len(packet), data_size_out=len(made), repeat=1)
+    opts.data_in, opts.data_out = c.cast(data, c.c_void_p), c.cast(made, c.c_void_p)
+    _call(f"run a packet of {len(packet)} bytes", "bpf_prog_test_run_opts", program, c.byref(opts))
+    return int(opts.retval), made.raw[: opts.data_size_out]
+
+
 @functools.cache
 def possible_cpus() -> int:
     """CPUs the kernel may ever have: how many copies a per-CPU value has."""

@@ -65,6 +65,7 @@ class Tables:
         self.connections = Connections(maps["connections"], sizes, seed)
         self.policy = Policy(maps, seed)
         self.forged = Marks(maps["forged"])
+        self.flood_until_s = 0.0
         self.corrections = Marks(maps["corrections"])
 
     @classmethod
@@ -93,6 +94,7 @@ class Tables:
         control["heartbeat_ns"] = int(now_s * SECOND_NS)
         control["policy_levels"], control["policy_ranges"] = self.policy.presence()
         control["forged_levels"] = self.forged.levels
+        control["flood_until_ns"] = int(self.flood_until_s * SECOND_NS)
         self.maps["control"].put(ZERO, control)
 
     def heartbeat_age_s(self, now_s: float) -> float:
@@ -176,6 +178,8 @@ def _flags(config: Config) -> int:
         flags |= ControlFlag.EXEMPT_PRIVATE
     if config.protect.addresses:
         flags |= ControlFlag.LISTED_ONLY
+    if config.challenge.mode == "auto":
+        flags |= ControlFlag.CHALLENGE
     if config.heartbeat.dead == "keep_blocks":
         flags |= ControlFlag.DEAD_KEEPS_BLOCKS
     return int(flags)

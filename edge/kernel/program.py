@@ -19,8 +19,8 @@ from edge.abi import Level
 from edge.core.prefix import LENGTHS
 
 FILES = (
-    *("base.h", "abi.h", "prefix.h", "gcra.h", "rows.h", "tally.h", "sketch.h", "parse.h"),
-    *("regions.h", "maps.h", "edge_xdp.c", "edge_sockops.c"),
+    *("base.h", "abi.h", "prefix.h", "gcra.h", "rows.h", "tally.h", "sketch.h", "parse.h", "challenge.h"),
+    *("regions.h", "maps.h", "edge_challenge.c", "edge_xdp.c", "edge_sockops.c"),
 )
 """In the order of the flow; bcc rewrites map accesses only in the main file, so they become one text."""
 

@@ -33,8 +33,8 @@ and a reading stays as quick as it is."""
 NOBODY_NS = 1 << 62
 """So far ahead lies no arrival time: 146 years."""
 
-OF_VERIFIED = 2
-"""ROW_OF_VERIFIED of bpf/rows.h: a forged prefix's second row."""
+OF_OTHERS = 2 | 4
+"""ROW_OF_VERIFIED and ROW_OF_PROVED of bpf/rows.h: the other rows of a forged prefix."""
 
 _U64 = (1 << 64) - 1
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -104,11 +104,11 @@ class Rows:
         return active, np.concatenate(found)
 
     def _limited(self, level: Level, at: np.ndarray, now_ns: int) -> np.ndarray:
-        """LIMITED rows of some rows of a level; those of verified senders are left out."""
+        """LIMITED rows of some rows of a level; those of verified and proved senders are left out."""
         lines = self.level(level)
         index, way = at // ROWS_PER_LINE, at % ROWS_PER_LINE
         tags, ahead_ns = lines["tag"][index, way], lines["tat_ns"][index, way].astype(np.int64) - now_ns
-        ordinary = np.flatnonzero(tags & np.uint64(OF_VERIFIED) == 0)
+        ordinary = np.flatnonzero(tags & np.uint64(OF_OTHERS) == 0)
         if len(ordinary) > MOST_LIMITED:  # not a sort: of a million rows it takes 80 ms
             ordinary = ordinary[np.argpartition(ahead_ns[ordinary], -MOST_LIMITED)[-MOST_LIMITED:]]
         ordinary = ordinary[np.argsort(-ahead_ns[ordinary], kind="stable")]
@@ -128,5 +128,5 @@ class Rows:
         mixed = mixed_key(prefix, self._seed)
         line = self.level(level)[mixed & (lines - 1)]
         tag = mixed & ~(lines - 1) & _U64 | service
-        held = (line["tag"] ^ np.uint64(tag)) & np.uint64(~(lines - 1) & _U64 | OF_VERIFIED | 1) == 0
+        held = (line["tag"] ^ np.uint64(tag)) & np.uint64(~(lines - 1) & _U64 | OF_OTHERS | 1) == 0
         return int(line["tat_ns"][held][0]) if held.any() else None

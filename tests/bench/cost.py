@@ -72,7 +72,7 @@ def runs(text: str) -> Iterator[Run]:
 CUTS = (
     ("charge", r"if \(charge\(.*\)\)$", "if (1)"),
     ("ask", r"refused = ask\(.*\);$", "refused = LEVELS; untracked_only = 0;"),
-    ("prepare", r"return limit_rate\(.*\);$", "return REASON_CONFORMING;"),
+    ("prepare", r"out->reason = limit_rate\(.*\);$", "out->reason = REASON_CONFORMING;"),
     ("policy", r"^\tmatch_policy\(.*\);$", ""),
     ("judge", r"parsed == PARSED_SYN \? judge\(.*\) : parsed;$", "parsed == PARSED_SYN ? REASON_CONFORMING : parsed;"),
 )

@@ -53,6 +53,7 @@ class Harness:
             counter.put(np.array([reason], U32), np.zeros(counter.copies, counter.value))
         self.tables.policy.apply((), tuple(self.tables.policy.installed().values()))
         self.tables.forged.write({})
+        self.tables.flood_until_s = 0.0
         self.tables.corrections.write({})
         for name in ("connections", "crowded", "crowded_levels"):
             self.clear(name)

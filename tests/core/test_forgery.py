@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge.abi import REASONS, Level, Service
+from edge.abi import REASONS, Level, Reason, Service
 from edge.core.forgery import Forgery, ForgeryParams, Saturated
 from edge.core.model import batch
 from edge.core.prefix import Prefix
@@ -96,6 +96,31 @@ def test_an_ipv4_address_has_no_newcomers() -> None:
         watch.tick(0, prefix=address)
     for _ in range(11):
         assert bool(watch.tick(5, prefix=address)) == (watch.now_s < 103.0 + PARAMS.hold_s)
+
+
+def flooded(forgery: Forgery, now_s: float, passed: int, challenged: int, completed: int) -> float:
+    counters = np.zeros((REASONS, 2), np.uint64)
+    counters[Reason.CONFORMING, 0], counters[Reason.CHALLENGED, 1] = passed, challenged
+    counters[Reason.LIMIT_64, 1] = 1_000_003  # refused: a limit took care of it
+    rows = np.zeros(2, CONNECTIONS)
+    rows["level"], rows["completed"] = (Level.L64, Level.L48), (completed, 1_000_003)
+    return forgery.observe_all(counters, rows, 1.0, now_s, PARAMS)
+
+
+def test_a_flood_from_everywhere_is_noticed_and_ends() -> None:
+    forgery = Forgery()
+    found = [bool(flooded(forgery, now, 997, 7, 501)) for now in (1.0, 2.0, 3.0, 4.0)]
+    assert found == [False, False, True, True]
+    # what is challenged now does not pass; who answers completes
+    assert flooded(forgery, 5.0, 101, 100_003, 101) == 5.0 + PARAMS.hold_s
+    assert flooded(forgery, 14.0, 101, 0, 101) == 15.0
+    assert flooded(forgery, 15.0, 101, 0, 101) == 0.0
+
+
+def test_a_busy_hour_is_no_flood() -> None:
+    forgery = Forgery()
+    assert not any(flooded(forgery, float(now), 100_003, 0, 50_003) for now in range(17))
+    assert not any(flooded(forgery, float(now), 997, 0, 0) for now in range(17, 31))  # too few to matter
 
 
 def test_bounded() -> None:
