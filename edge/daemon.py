@@ -1,8 +1,8 @@
 """The loop around the core: read, learn, decide, install, tell.
 
     heartbeat ─ counters ─┐
-    sources ── events ────┴─ step ── desired ── plan ──┬─ policy maps
-    operator, exempt entries ────┘                     ├─ nftables sets
+    sources ── events ────┴─ step ── wanted ── plan ───┬─ policy maps
+    operator, exempt entries ───────────┘              ├─ nftables sets
                                                        └─ journal, metrics
 
 One thread, one tick at a time; control requests are answered between ticks. What the kernel holds goes on without us:
@@ -12,6 +12,7 @@ one adopts them.
 Invariants:
     heartbeat-first: a tick tells the kernel that we live before it does anything that can fail.
     nftables-trouble-is-survived: an error there is logged and counted; the next tick compares again.
+    a-tick-costs-what-changed: nothing in it goes through all entries, or all elements of a set.
     one-daemon: see edge.kernel.pins.
 """
 
@@ -20,11 +21,12 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import math
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,12 +41,12 @@ from edge.control import ControlServer
 from edge.core.forgery import Saturated
 from edge.core.match import Entries, scorable
 from edge.core.model import Decision, Entry, batch
-from edge.core.plan import plan
-from edge.core.policy import desired
+from edge.core.nesting import Key
 from edge.core.prefix import LENGTHS, Prefix
 from edge.core.reconcile import OPEN, Reconciler, differences
 from edge.core.snapshot import Snapshot, delta
 from edge.core.step import Inputs, Outcome, State, adopt, step
+from edge.core.wanted import Backlog, Wanted
 from edge.errors import UnavailableError
 from edge.kernel import attach, loader
 from edge.kernel.attach import Attachment
@@ -117,12 +119,17 @@ class Daemon:
         self.snapshot: Snapshot | None = None
         self.outcome: Outcome | None = None
         self.failure: Exception | None = None  # why the daemon must end
-        self.desired: Entries = {}
         self.nft_in_sync = False
         self.state = State(config.core.reputation)
         self.operator = {entry.key: entry for entry in store.operator_entries()}
         self._fixed: tuple[Entry, ...] = ()
+        self._fixed_until_s = math.inf  # when the first of them ends
         self._adopt()
+        self.wanted = Wanted(self.state.ledger.learned)
+        self.desired: Entries = self.wanted.entries  # follows
+        self._update_wanted(self.state.ledger.take_changed())
+        self.backlog = self.wanted.follow(tables.policy.installed())
+        self.nft_backlog = None if nft is None else self.wanted.follow(nft.installed())
 
     def _adopt(self) -> None:
         """Go on with what an earlier daemon had learned: its entries are still in the kernel."""
@@ -137,12 +144,15 @@ class Daemon:
     def fixed(self) -> tuple[Entry, ...]:
         """Entries that nothing learned overrides; the same tuple until one of them changes."""
         now_s = self.clock.now_s()
-        for key, entry in list(self.operator.items()):
-            if entry.expires_s is not None and entry.expires_s <= now_s:
-                del self.operator[key]
-                self._fixed = ()  # its row goes when the store is next pruned
+        if now_s >= self._fixed_until_s:
+            for key, entry in list(self.operator.items()):
+                if entry.expires_s is not None and entry.expires_s <= now_s:
+                    del self.operator[key]  # its row goes when the store is next pruned
+            self._fixed = ()
         if not self._fixed:
             self._fixed = (*self.exempt, *self.operator.values())
+            ends_s = (entry.expires_s for entry in self._fixed if entry.expires_s is not None)
+            self._fixed_until_s = min(ends_s, default=math.inf)
         return self._fixed
 
     def exempt_now(self, exempt: list[Entry]) -> None:
@@ -160,7 +170,7 @@ class Daemon:
         for entry in put:
             self.operator[entry.key] = entry
         self._fixed = ()
-        self._install(now_s)
+        self._install(now_s, self.state.ledger.take_changed())
         self._record(
             [Decision(id=self.next_decision(), at_s=now_s, action="close", entry=entry) for entry in drop]
             + [Decision(id=entry.decision, at_s=now_s, action="open", entry=entry) for entry in put]
@@ -199,7 +209,7 @@ class Daemon:
         self.outcome = step(self.state, inputs, began_s, self.config.core)
         self.totals.suppressed.update(self.outcome.counts.suppressed)
         self._mark_forged(self.outcome.forged, self.outcome.flood_until_s)
-        self._install(began_s)
+        self._install(began_s, self.outcome.changed)
         self._record(self.outcome.decisions)
         self.totals.last_tick_s = self.clock.now_s() - began_s
         self.totals.ticks = self.totals.ticks.with_tick(self.totals.last_tick_s)
@@ -239,22 +249,26 @@ class Daemon:
             for service, prefix in sorted(keys):
                 log.warning(word, extra={"fields": {"prefix": prefix, "service": service.name.lower()}})
 
-    def _install(self, now_s: float) -> None:
-        """Make kernel and nftables hold what is wanted, by differences."""
-        learned = self.state.ledger.learned
-        self.desired = desired(learned, self.fixed(), now_s)
+    def _update_wanted(self, changed: Set[Key]) -> None:
+        """Take in these learned entries, and the fixed ones."""
+        fixed = self.fixed()
+        self.wanted.update(changed, fixed, self.state.guard(fixed))
+
+    def _install(self, now_s: float, changed: Set[Key]) -> None:
+        """Make kernel and nftables hold what is wanted, by differences; the keys are of learned entries."""
+        self._update_wanted(changed)
         policy = self.tables.policy
-        changes = plan(self.desired, policy.installed(), now_s, self.config.plan)
+        changes = self.backlog.plan(policy.installed(), self.config.plan)
         policy.announce(changes.put)
         self.tables.heartbeat(now_s)
         policy.apply(changes.put, changes.drop)
-        if self.nft is not None:
-            self._install_nft(self.nft, now_s)
+        if self.nft is not None and self.nft_backlog is not None:
+            self._install_nft(self.nft, self.nft_backlog)
 
-    def _install_nft(self, nft: NftSets, now_s: float) -> None:
+    def _install_nft(self, nft: NftSets, backlog: Backlog) -> None:
         try:
             nft.drifted()
-            changes = plan(self.desired, nft.installed(), now_s, self.config.plan)
+            changes = backlog.plan(nft.installed(), self.config.plan)
             nft.apply(changes.put, changes.drop)
             nft.renew()
             self.nft_in_sync = not changes.deferred
@@ -280,14 +294,13 @@ class Daemon:
     def metrics(self) -> Metrics:
         """Everything /metrics shows, as of now."""
         assert self.snapshot is not None
-        entries = Counter((entry.standing, entry.origin, entry.service) for entry in self.desired.values())
         nft = self.nft
         return Metrics(
             mode=Mode[self.config.mode.upper()],
             packets=self.snapshot.counters,
             rows_active=self.snapshot.rows_active,
             rows_capacity=np.array([self.config.tables.rows(level) for level in Level]),
-            entries=entries,
+            entries=+self.wanted.counts,  # without those that came to nothing
             decisions=dict(self.totals.decisions),
             evidence={
                 stats.name: SourceMetrics(events=stats.events, errors=stats.errors, dropped=stats.dropped)
@@ -307,6 +320,7 @@ class Daemon:
             violations={
                 "every-map-is-there": int(self.snapshot.counters[Reason.INTERNAL].sum()),
                 "policy-has-room": self.tables.policy.no_room,
+                "every-change-is-reported": self.wanted.healed,
             },
         )
 

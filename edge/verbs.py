@@ -57,7 +57,9 @@ class Verbs:
         """What the daemon and the kernel are doing."""
         daemon = self._daemon
         now_s, metrics = daemon.clock.now_s(), daemon.metrics()
-        entries = Counter(entry.standing.name.lower() for entry in daemon.desired.values())
+        entries: Counter[Standing] = Counter()
+        for kind, count in daemon.wanted.counts.items():
+            entries[kind[0]] += count
         return {
             "version": version("edge-throttler"),
             "pid": os.getpid(),
@@ -95,7 +97,7 @@ class Verbs:
                 }
                 for level in Level
             },
-            "entries": {standing.name.lower(): entries[standing.name.lower()] for standing in Standing if standing},
+            "entries": {standing.name.lower(): entries[standing] for standing in Standing if standing},
             "nftables": {
                 "enabled": metrics.nftables_enabled,
                 "in_sync": metrics.nftables_in_sync,

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from edge.abi import Origin, Service, Standing
 from edge.core.model import Entry
-from edge.core.prefix import IPV4_SHIFT, LENGTHS, Prefix
+from edge.core.nesting import Nesting
+from edge.core.prefix import LENGTHS, Prefix
 
 ALLOWING = frozenset({Standing.ALLOW, Standing.GOOD})
 
@@ -20,34 +21,26 @@ class Guard:
     """Fixed entries by length, for questions about one prefix; built once for each set of entries."""
 
     def __init__(self, fixed: Iterable[Entry]) -> None:
-        self._allowed: dict[tuple[Service, int], set[Prefix]] = {}
-        self._blocked: dict[tuple[Service, int], set[Prefix]] = {}
+        self._allowed: Nesting[bool] = Nesting()
+        self._blocked: Nesting[bool] = Nesting()
         self._holds_allowed: set[tuple[Service, Prefix]] = set()
         for entry in fixed:
             if entry.standing is Standing.BLOCK:
-                self._blocked.setdefault((entry.service, entry.prefix.length), set()).add(entry.prefix)
+                self._blocked.add(entry.service, entry.prefix, True)
             elif entry.standing in ALLOWING or entry.origin is Origin.EXEMPT:
-                self._allowed.setdefault((entry.service, entry.prefix.length), set()).add(entry.prefix)
+                self._allowed.add(entry.service, entry.prefix, True)
                 for length in LENGTHS:
                     if length < entry.prefix.length:
                         self._holds_allowed.add((entry.service, entry.prefix.parent(length)))
 
     def allowed(self, service: Service, prefix: Prefix) -> bool:
         """Whether a fixed allow is this prefix or holds it."""
-        return _holds(self._allowed, service, prefix)
+        return self._allowed.holds(service, prefix)
 
     def blocked(self, service: Service, prefix: Prefix) -> bool:
         """Whether a fixed block is this prefix or holds it."""
-        return _holds(self._blocked, service, prefix)
+        return self._blocked.holds(service, prefix)
 
     def protects(self, service: Service, prefix: Prefix) -> bool:
         """Whether blocking this prefix would touch a fixed allow: around, at, or inside it."""
         return (service, prefix) in self._holds_allowed or self.allowed(service, prefix)
-
-
-def _holds(entries: dict[tuple[Service, int], set[Prefix]], service: Service, prefix: Prefix) -> bool:
-    shortest = IPV4_SHIFT if prefix.ipv4 else 0  # no IPv6 prefix holds an IPv4 one
-    return any(
-        owner is service and shortest <= length <= prefix.length and prefix.parent(length) in found
-        for (owner, length), found in entries.items()
-    )

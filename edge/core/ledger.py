@@ -7,6 +7,7 @@ Invariants:
     lifetime-doubles-and-is-capped: each relapse doubles the lifetime of a block, up to its level's cap.
     changes-are-capped: never more than the ceiling of openings in one tick; every one held back is counted.
     ledger-is-bounded: entries, and the history of ended blocks, have a fixed most.
+    every-change-is-reported: each key whose entry came, went or became another is in the next `take_changed`.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class Ledger:
         self.learned: dict[Key, Entry] = {}
         self.past: dict[Key, Past] = {}
         self.next_id = 1
+        self._changed: set[Key] = set()
         self._due: list[tuple[float, int, Key]] = []
         self._inside: dict[Key, set[Key]] = {}
         self._covered: dict[Key, float] = {}
@@ -130,6 +132,11 @@ class Ledger:
                 if found is not None:
                     return found
         return None
+
+    def take_changed(self) -> set[Key]:
+        """The keys of entries that changed since this was asked last."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def expire(self, reputation: Reputation, now_s: float, p: LedgerParams) -> list[Decision]:
         """End what is due. A block goes over into the bad class for as long as it lasted, unless one is above it."""
@@ -185,7 +192,11 @@ class Ledger:
                 held[why] = held.get(why, 0) + 1
                 continue
             if proposal.standing is Standing.BLOCK:
-                totals[proposal.service], self._covered[key] = covered, hit
+                totals[proposal.service] = covered
+                if hit:
+                    self._covered[key] = hit
+                else:
+                    self._covered.pop(key, None)
             opened += 1 + len(proposal.holes)
             done += self._open(proposal, reputation, now_s, p)
         return done, held
@@ -349,6 +360,7 @@ class Ledger:
                 if length < entry.prefix.length:
                     self._inside.setdefault((entry.service, entry.prefix.parent(length)), set()).add(key)
         self.learned[key] = entry
+        self._changed.add(key)
         if entry.standing is not Standing.BLOCK:
             self._end(key, now_s)
         if entry.expires_s is not None:
@@ -358,6 +370,7 @@ class Ledger:
     def _close(self, entry: Entry, now_s: float, why: str, source: Proposal | None = None) -> Decision:
         key = entry.key
         del self.learned[key]
+        self._changed.add(key)
         for length in LENGTHS:
             above = entry.service, entry.prefix.parent(length)
             if length < entry.prefix.length and above in self._inside:

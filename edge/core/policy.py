@@ -19,14 +19,14 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edge.abi import Level, Origin, Service, Standing
+from edge.abi import Level, Service, Standing
 from edge.core.belief import Belief
-from edge.core.guard import ALLOWING, Guard
+from edge.core.guard import Guard
 from edge.core.model import Entry
 from edge.core.prefix import LENGTHS, Prefix
 from edge.core.reputation import Reputation, Touched
@@ -273,32 +273,3 @@ def _ask(
         f"{word}: {belief.bad:.1f} bad and {belief.good:.1f} good at {prefix}, bound {found:.2f} {sign} {threshold:.2f}"
     )
     return Proposal(service=service, prefix=prefix, standing=standing, reason=reason, belief=belief)
-
-
-def desired(
-    learned: Mapping[tuple[Service, Prefix], Entry], fixed: Iterable[Entry], now_s: float
-) -> dict[tuple[Service, Prefix], Entry]:
-    """What should be in force: the higher origin at the same prefix, allow before block at the same origin.
-
-    Learned entries inside fixed ones of the opposite verdict are left out, and so is what has expired. A learned
-    limit inside a fixed block is left out too: being the longer match, it would open the block.
-    """
-    standing = [entry for entry in fixed if entry.expires_s is None or entry.expires_s > now_s]
-    guard = Guard(standing)
-    wanted: dict[tuple[Service, Prefix], Entry] = {}
-    for entry in standing:
-        present = wanted.get(entry.key)
-        if present is None or _rank(entry) > _rank(present):
-            wanted[entry.key] = entry
-    for key, entry in learned.items():
-        if key in wanted or (entry.expires_s is not None and entry.expires_s <= now_s):
-            continue
-        opposed = guard.blocked if entry.standing is not Standing.BLOCK else guard.allowed
-        throttled = entry.standing not in ALLOWING and guard.allowed(*key)
-        if not opposed(*key) and not throttled:
-            wanted[key] = entry
-    return wanted
-
-
-def _rank(entry: Entry) -> tuple[Origin, bool]:
-    return entry.origin, entry.standing in ALLOWING

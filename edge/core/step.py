@@ -12,7 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -83,10 +83,12 @@ class Counts:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What one tick decided. `learned` is a view of everything in force: it stays valid until the next step. `forged`:
-    prefixes most of whose SYNs are forged, and until when they count as such, in seconds."""
+    prefixes most of whose SYNs are forged, and until when they count as such, in seconds. `changed`: keys of
+    learned entries that came, went or became others since the last step."""
 
     decisions: tuple[Decision, ...]
     learned: Mapping[tuple[Service, Prefix], Entry]
+    changed: Set[tuple[Service, Prefix]]
     forged: Mapping[tuple[Service, Prefix], float]
     flood_until_s: float  # until then the whole host is flooded by forged SYNs from everywhere; 0.0: it is not
     counts: Counts
@@ -113,6 +115,7 @@ def step(state: State, inputs: Inputs, now_s: float, params: CoreParams) -> Outc
     return Outcome(
         decisions=(*decisions, *applied),
         learned=MappingProxyType(state.ledger.learned),
+        changed=state.ledger.take_changed(),
         forged=forged,
         flood_until_s=flood_until_s,
         counts=_count(state.reputation, inputs, suppressed),

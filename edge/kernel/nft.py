@@ -5,9 +5,9 @@ else a sequence: first what opens is added, then what refuses is changed, then w
 never touched. One thread owns the object: libnftables is not thread-safe.
 
 Learned elements carry a lease, so they end with a dead daemon. All leases end together: an element put between two
-renewals gets what is left, and allow leases are renewed before block leases. An element is replaced by add, delete and
-add in one transaction: re-adding alone does not refresh a timeout on older kernels, and deleting alone fails when it
-has expired meanwhile.
+renewals gets what is left. Allow leases are renewed before block leases, each a few at a time. An element is replaced
+by add, delete and add in one transaction: re-adding alone does not refresh a timeout on older kernels, and deleting
+alone fails when it has expired meanwhile.
 
 Invariants:
     sets-mean-longest-match: the table refuses a new connection exactly when the longest match of its source is a block.
@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from edge.abi import Mode, Origin, Service, Standing
@@ -33,6 +34,7 @@ from edge.errors import UnavailableError
 from edge.kernel import nft_ruleset as ruleset
 from edge.kernel.nft_elements import Holdings
 from edge.kernel.nft_params import NftParams
+from edge.kernel.nft_renewals import Renewals
 from edge.kernel.nft_sets import Element, Lifetime, SetSpec, all_specs, prefixes
 from edge.kernel.nft_steps import Delta, Deltas, steps
 from edge.kernel.nft_table import NftTable
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 _SLACK_S = 2.0  # timeouts are written in whole seconds: closer ends count as equal
 _ALLOW_MARGIN_S = 5  # an allow element outlives a block element of the same end by more than the slack
+_RENEW_AT = 1 / 2  # of the lease is left when the renewal begins
+_ALLOW_SPAN, _BLOCK_SPAN = 1 / 8, 1 / 4  # of the lease it takes: then an eighth is left for ticks that come late
 _RELOAD_AT = 8  # more deletes from an interval set cost more than refilling it: libnftables fetches the set for each
 
 
@@ -67,14 +71,17 @@ class NftSets:
         self._shape = ""
         self._behind = False  # a write failed: the kernel may not hold what we want
         self._allow_until_s = self._block_until_s = clock.now_s() + lease_s
-        self._renewals: list[tuple[str, Element]] = []  # taken from the end
+        self._renewals = Renewals()
         self._repairs = 0
 
     # -- EntrySink
 
-    def installed(self) -> dict[tuple[Service, Prefix], Entry]:
-        """The entries held, by `Entry.key`; after `adopt` also those read from the table, with the reason "adopted"."""
-        return dict(self._holdings.entries)
+    def installed(self) -> Mapping[tuple[Service, Prefix], Entry]:
+        """The entries held, by `Entry.key`, as a view that follows.
+
+        After `adopt` also those read from the table, with the reason "adopted".
+        """
+        return MappingProxyType(self._holdings.entries)
 
     @property
     def elements(self) -> int:
@@ -141,23 +148,29 @@ class NftSets:
     # -- upkeep
 
     def renew(self) -> int:
-        """Renew leases when half of their time is gone, a batch each call; returns how many elements were due."""
+        """Renew a few leases when half of their time is gone; returns how many elements were looked at.
+
+        So many a call that each phase takes its share of the lease, however many elements there are: one at least,
+        and a batch at most.
+        """
         now_s = self._clock.now_s()
-        if not self._renewals:
+        if not self._renewals.left:
             if self._block_until_s < self._allow_until_s:
                 self._block_until_s = self._allow_until_s
-                self._renewals = self._leased(allow=False)
-            elif self._allow_until_s - now_s <= self._lease_s / 2:
+                self._renewals = self._leases(now_s, allow=False)
+            elif self._allow_until_s - now_s <= self._lease_s * _RENEW_AT:
                 self._allow_until_s = now_s + self._lease_s
-                self._renewals = self._leased(allow=True)
-                self._write(self._holdings.retry())
+                self._renewals = self._leases(now_s, allow=True)
+                self._write(self._holdings.retry(self._params.batch))
         due: dict[str, set[Element]] = {}
-        count = min(len(self._renewals), self._params.batch)
-        for _ in range(count):
-            name, element = self._renewals.pop()
-            due.setdefault(name, set()).add(element)
+        looked_at = 0
+        for name, element in self._renewals.take(now_s, self._params.batch):
+            looked_at += 1
+            life = self._holdings.elements[name].get(element)
+            if life is not None and life.leased:
+                due.setdefault(name, set()).add(element)
         self._write(due)
-        return count
+        return looked_at
 
     def drifted(self) -> bool:
         """Whether somebody else had changed the table; it is repaired. Costs nothing while nobody does."""
@@ -208,14 +221,14 @@ class NftSets:
     def _everything(self) -> dict[str, set[Element]]:
         return {name: wanted.keys() | self._present[name].keys() for name, wanted in self._holdings.elements.items()}
 
-    def _leased(self, *, allow: bool) -> list[tuple[str, Element]]:
-        return [
-            (name, element)
+    def _leases(self, now_s: float, *, allow: bool) -> Renewals:
+        """The elements of the level sets of one verdict, to be renewed from now on; some may have no lease."""
+        sets = [
+            (name, list(wanted))
             for name, wanted in self._holdings.elements.items()
-            if self._specs[name].allow is allow and not self._specs[name].interval
-            for element, life in wanted.items()
-            if life.leased
+            if wanted and self._specs[name].allow is allow and not self._specs[name].interval
         ]
+        return Renewals(sets, now_s, self._lease_s * (_ALLOW_SPAN if allow else _BLOCK_SPAN))
 
     def _end(self, spec: SetSpec, life: Lifetime) -> float:
         """When an element of this lifetime is to end, on the clock of the entries."""

@@ -14,18 +14,16 @@ Invariants:
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import islice
 
 from edge.abi import Origin, Service, Standing
 from edge.core.model import Entry
-from edge.core.plan import Nesting
+from edge.core.nesting import Key, Nesting, Ordered
 from edge.core.prefix import IPV4_SHIFT, Prefix
 from edge.kernel.nft_sets import FOREVER, Element, Elements, Lifetime, SetSpec, all_specs, bounds, cover
-
-Key = tuple[Service, Prefix]
 
 
 class Holdings:
@@ -43,7 +41,7 @@ class Holdings:
         self._placed: dict[Key, SetSpec] = {}
         self._bands: dict[tuple[Service, bool, int], dict[Prefix, bool]] = defaultdict(dict)
         self._blocks: Nesting[Entry] = Nesting()
-        self._holes: list[tuple[int, int, Service, Prefix]] = []  # sorted by first address in key space
+        self._openings = Ordered()  # keys of what opens only inside a block
 
     def update(self, put: Iterable[Entry], drop: Iterable[Entry]) -> dict[str, set[Element]]:
         """Hold and let go; returns the elements that may have changed, by set."""
@@ -60,37 +58,31 @@ class Holdings:
                 if before is None or before.standing is not entry.standing:
                     self._index(entry, moved)
         for block in moved:
-            affected.update(dict.fromkeys(self._inside(block)))
+            affected.update(dict.fromkeys(self._openings.inside(*block.key)))
         return self._replace(affected)
 
-    def retry(self) -> dict[str, set[Element]]:
-        """Place what was left out where there is room now; returns the elements that may have changed."""
-        return self._replace(list(self.left_out))
+    def retry(self, most: int) -> dict[str, set[Element]]:
+        """Place what was left out where there is room now; returns the elements that may have changed.
+
+        At most so many. What lies between two levels waits for no room, and is not tried.
+        """
+        if self._count >= self._max_elements:
+            return {}
+        return self._replace(list(islice((key for key in self.left_out if key[1].level is not None), most)))
 
     def _index(self, entry: Entry, moved: list[Entry]) -> None:
         if entry.standing is Standing.BLOCK:
             self._blocks.add(entry.service, entry.prefix, entry)
             moved.append(entry)
         elif entry.standing is not Standing.ALLOW:
-            bisect.insort(self._holes, _place_in_key_space(entry))
+            self._openings.add(entry.key)
 
     def _unindex(self, entry: Entry, moved: list[Entry]) -> None:
         if entry.standing is Standing.BLOCK:
             self._blocks.remove(entry.service, entry.prefix)
             moved.append(entry)
         elif entry.standing is not Standing.ALLOW:
-            del self._holes[bisect.bisect_left(self._holes, _place_in_key_space(entry))]
-
-    def _inside(self, block: Entry) -> Iterator[Key]:
-        """Keys of the entries inside a block that open only because it is there."""
-        first = block.prefix.hi << 64 | block.prefix.lo
-        end = first + (1 << 128 - block.prefix.length)
-        for i in range(bisect.bisect_left(self._holes, (first,)), len(self._holes)):
-            at, _, service, prefix = self._holes[i]
-            if at >= end:
-                return
-            if service is block.service and block.prefix.contains(prefix):
-                yield service, prefix
+            self._openings.discard(entry.key)
 
     def _spec_for(self, key: Key) -> SetSpec | None:
         """The set the entry of this key belongs into, if any."""
@@ -161,7 +153,3 @@ class Holdings:
 
 def _band(spec: SetSpec) -> tuple[Service, bool, int]:
     return spec.service, spec.ipv4, spec.shortest
-
-
-def _place_in_key_space(entry: Entry) -> tuple[int, int, Service, Prefix]:
-    return entry.prefix.hi << 64 | entry.prefix.lo, entry.prefix.length, entry.service, entry.prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,9 +10,12 @@ from dataclasses import replace
 import pytest
 
 from edge.abi import Origin, Service, Standing
+from edge.core.guard import Guard
 from edge.core.model import Entry
-from edge.core.plan import Nesting, Plan, PlanParams, lengthen_holes, plan
+from edge.core.plan import Plan, PlanParams
+from edge.core.plan import plan as plan_differences
 from edge.core.prefix import Prefix, ipv4_key, is_ipv4
+from edge.core.wanted import Wanted
 
 NOW = 1009.0
 MANY = PlanParams(max_changes=1_000_000)
@@ -35,6 +39,13 @@ def table(*entries: Entry) -> Table:
     return {e.key: e for e in entries}
 
 
+def plan(desired: Table, installed: Table, params: PlanParams) -> Plan:
+    """What turns one table into the other."""
+    keys = [*desired, *(key for key in installed if key not in desired)]
+    both = [(desired.get(key), installed.get(key)) for key in keys]
+    return plan_differences([(wanted, present) for wanted, present in both if wanted != present], params)
+
+
 def after(installed: Table, made: Plan) -> Table:
     """The table after a plan."""
     result = dict(installed)
@@ -51,6 +62,18 @@ def refuses(entries: Iterable[Entry], service: Service, address: Prefix) -> bool
     return bool(matches) and max(matches, key=lambda e: e.prefix.length).standing is Standing.BLOCK
 
 
+def lengthened(desired: Table) -> Table:
+    """The entries, each opening one lasting as long as the blocks around it; by brute force."""
+    found = dict(desired)
+    for key, hole in desired.items():
+        around = [e for e in desired.values() if e.service is hole.service and e.prefix.contains(hole.prefix)]
+        ends = [e.expires_s for e in around if e.standing is Standing.BLOCK]
+        if hole.standing is not Standing.BLOCK and hole.expires_s is not None and ends:
+            last = max(math.inf if end is None else end for end in (*ends, hole.expires_s))
+            found[key] = replace(hole, expires_s=None if math.isinf(last) else last)
+    return found
+
+
 def random_table(rng: random.Random, size: int, depth: int = 24) -> Table:
     """Nested entries of both families in a corner of the space, so that many hold one another."""
     found = []
@@ -65,7 +88,7 @@ def random_table(rng: random.Random, size: int, depth: int = 24) -> Table:
                 service=rng.choice(list(Service)),
                 standing=rng.choice((Standing.BLOCK, Standing.BLOCK, Standing.GOOD, Standing.BAD, Standing.ALLOW)),
                 origin=rng.choice(list(Origin)),
-                expires_s=rng.choice((None, NOW - 7, NOW + rng.randint(1, 601))),
+                expires_s=rng.choice((None, NOW + rng.randint(1, 601))),
                 reason="random",
             )
         )
@@ -84,64 +107,27 @@ def random_addresses(rng: random.Random, tables: Iterable[Table]) -> list[Prefix
     return found
 
 
-def test_differences_only() -> None:
-    kept, renewed, gone = entry("2001:db8:1::/48"), entry("2001:db8:2::/48"), entry("2001:db8:3::/48")
-    new = entry("192.0.2.0/24")
+def test_what_differs_is_put_and_what_is_not_wanted_is_dropped() -> None:
+    renewed, gone, new = entry("2001:db8:2::/48"), entry("2001:db8:3::/48"), entry("192.0.2.0/24")
     later = replace(renewed, expires_s=NOW + 1201)
-    made = plan(table(replace(kept), later, new), table(kept, renewed, gone), NOW, MANY)
+    made = plan(table(later, new), table(renewed, gone), MANY)
     assert set(made.put) == {later, new}
     assert made.drop == (gone,)
     assert made.deferred == 0
 
 
 def test_nothing_to_do_is_an_empty_plan() -> None:
-    same = table(entry("2001:db8::/32"), entry("2001:db8:1::/48", Standing.GOOD))
-    assert plan(same, dict(same), NOW, MANY) == Plan(put=(), drop=())
+    assert plan_differences([], MANY) == Plan(put=(), drop=())
 
 
 def test_order_holes_before_blocks_longest_first_and_blocks_go_before_holes() -> None:
     desired = table(
         entry("2001:db8::/48"), entry("2001:db8:0:1::/64", Standing.GOOD), entry("2001:db8::1", Standing.BAD)
     )
-    made = plan(desired, {}, NOW, MANY)
+    made = plan(desired, {}, MANY)
     assert [str(e.prefix) for e in made.put] == ["2001:db8::1/128", "2001:db8:0:1::/64", "2001:db8::/48"]
-    made = plan({}, desired, NOW, MANY)
+    made = plan({}, desired, MANY)
     assert [e.standing is Standing.BLOCK for e in made.drop] == [True, False, False]
-
-
-def test_an_expired_entry_is_not_desired() -> None:
-    old = entry("2001:db8::/48", expires_s=NOW)
-    assert plan(table(old), table(old), NOW, MANY).drop == (old,)
-    assert plan(table(old), table(old), NOW - 1, MANY) == Plan(put=(), drop=())
-
-
-@pytest.mark.parametrize("own", [NOW + 7, NOW - 7])
-@pytest.mark.parametrize("block", [NOW + 601, None])
-def test_no_hole_expires_before_its_block(own: float, block: float | None) -> None:
-    hole = entry("2001:db8:0:1::/64", Standing.GOOD, expires_s=own)
-    elsewhere = replace(hole, service=Service.SUBMISSION)
-    held = lengthen_holes(table(hole, elsewhere, entry("2001:db8::/48", expires_s=block)), NOW)
-    assert held[hole.key].expires_s == block
-    assert held.get(elsewhere.key) == (elsewhere if own > NOW else None)
-
-
-def test_a_hole_is_not_lengthened_by_an_expired_block_or_shortened_by_any() -> None:
-    hole = entry("192.0.2.1", Standing.GOOD)
-    held = lengthen_holes(
-        table(hole, entry("192.0.2.0/24", expires_s=NOW), entry("192.0.0.0/16", expires_s=NOW + 7)), NOW
-    )
-    assert held[hole.key] is hole
-
-
-def test_no_ipv6_prefix_holds_an_ipv4_one() -> None:
-    nesting: Nesting[str] = Nesting()
-    for text in ("::/1", "::/16", "128.0.0.0/1", "192.0.2.0/24", "192.0.2.1"):
-        nesting.add(Service.MX, Prefix.parse(text), text)
-    assert set(nesting.holding(Service.MX, Prefix.parse("192.0.2.1"))) == {"128.0.0.0/1", "192.0.2.0/24"}
-    assert not set(nesting.holding(Service.SUBMISSION, Prefix.parse("192.0.2.1")))
-    nesting.remove(Service.MX, Prefix.parse("192.0.2.0/24"))
-    nesting.remove(Service.MX, Prefix.parse("198.51.100.0/24"))
-    assert set(nesting.holding(Service.MX, Prefix.parse("192.0.2.1"))) == {"128.0.0.0/1"}
 
 
 def test_the_operator_goes_first_and_with_him_what_his_change_rests_on() -> None:
@@ -149,7 +135,7 @@ def test_the_operator_goes_first_and_with_him_what_his_change_rests_on() -> None
     block = entry("2001:db8:ff00::/40", origin=Origin.OPERATOR)
     hole = entry("2001:db8:ff01::/48", Standing.GOOD)
     released = entry("198.51.100.0/24", origin=Origin.OPERATOR, expires_s=None)
-    made = plan(table(*learned, block, hole), table(released), NOW, PlanParams(max_changes=5))
+    made = plan(table(*learned, block, hole), table(released), PlanParams(max_changes=5))
     assert made.put[0] == hole
     assert block in made.put
     assert made.drop == (released,)
@@ -159,13 +145,13 @@ def test_the_operator_goes_first_and_with_him_what_his_change_rests_on() -> None
 def test_releases_are_not_starved_by_new_entries() -> None:
     new = [entry(f"2001:db8:{i:x}::/48") for i in range(1, 102)]
     old = entry("198.51.100.7")
-    assert plan(table(*new), table(old), NOW, PlanParams(max_changes=7)).drop == (old,)
+    assert plan(table(*new), table(old), PlanParams(max_changes=7)).drop == (old,)
 
 
 def test_escalation_leaves_no_gap_when_it_is_cut() -> None:
     children = [entry(f"2001:db8:0:{i:x}::/64") for i in range(1, 12)]
     parent = entry("2001:db8::/48")
-    made = plan(table(parent), table(*children), NOW, PlanParams(max_changes=3))
+    made = plan(table(parent), table(*children), PlanParams(max_changes=3))
     assert made.put == (parent,)
     assert len(made.drop) == 2
 
@@ -175,7 +161,7 @@ def test_a_block_with_more_holes_than_a_tick_holds_waits_for_all_of_them() -> No
     block = entry("2001:db8::/48", origin=Origin.OPERATOR)
     desired, installed, ticks = table(block, *holes), Table(), 0
     while desired != installed:
-        installed = after(installed, plan(desired, installed, NOW, PlanParams(max_changes=5)))
+        installed = after(installed, plan(desired, installed, PlanParams(max_changes=5)))
         ticks += 1
         assert block.key not in installed or len(installed) == 12
     assert ticks == 3
@@ -191,18 +177,20 @@ def test_every_step_is_safe_and_plans_converge(max_changes: int) -> None:
         desired = random_table(rng, rng.randint(0, 17))
         for key in [k for k in first if rng.random() < 0.3]:
             desired[key] = replace(first[key], standing=rng.choice(list(Standing)[1:]), expires_s=None)
-        last = lengthen_holes(desired, NOW)
+        last = lengthened(desired)
         never = [
             (service, address)
             for service in Service
             for address in random_addresses(rng, (first, last))
             if not refuses(first.values(), service, address) and not refuses(last.values(), service, address)
         ]
-        installed = first
-        for _tick in range(len(first) + len(desired) + 1):
-            made = plan(desired, installed, NOW, PlanParams(max_changes=max_changes))
+        installed, wanted = first, Wanted({})
+        wanted.update((), tuple(desired.values()), Guard(desired.values()))
+        backlog = wanted.follow(installed)
+        for _tick in range(len(first) + len(desired) + 101):
+            made = backlog.plan(installed, PlanParams(max_changes=max_changes))
             assert len(made.put) + len(made.drop) <= max_changes
-            if not made.put and not made.drop:
+            if not backlog:
                 break
             for step in [Plan(put=(e,), drop=()) for e in made.put] + [Plan(put=(), drop=(e,)) for e in made.drop]:
                 installed = after(installed, step)

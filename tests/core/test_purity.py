@@ -10,6 +10,7 @@ import pytest
 CORE = Path(__file__).parents[2] / "edge" / "core"
 ALLOWED = {
     "__future__",
+    "bisect",
     "collections",
     "collections.abc",
     "dataclasses",

@@ -12,8 +12,9 @@ import pytest
 
 from edge.abi import Origin, Service, Standing
 from edge.core.model import Entry
+from edge.core.nesting import Key
 from edge.core.prefix import Prefix, ipv4_key
-from edge.kernel.nft_elements import Holdings, Key
+from edge.kernel.nft_elements import Holdings
 from edge.kernel.nft_sets import FOREVER, Elements, Lifetime, SetSpec, all_specs, bounds, cover, prefixes, specs
 from edge.kernel.nft_steps import Delta, Deltas, steps
 
@@ -227,8 +228,10 @@ def test_a_learned_entry_between_levels_and_blocks_beyond_the_bound_are_left_out
     assert holdings.left_out == {learned[2].key, between.key}
     assert len(holdings.elements["mx_block_v4_32"]) == 1
     holdings.update((), learned[:2])
-    holdings.retry()
+    assert holdings.retry(0) == {}
+    assert holdings.retry(7).keys() == {"mx_block_64"}
     assert holdings.left_out == {between.key}
+    assert holdings.retry(7) == {}
     holdings.update((), (between,))
     assert not holdings.left_out
 
