@@ -35,7 +35,7 @@ import numpy as np
 from sdnotify import SystemdNotifier
 
 from edge import exemptions
-from edge.abi import Level, Mode, Origin, Reason, Service, Standing
+from edge.abi import SERVICES, Level, Mode, Origin, Reason, Service, Standing
 from edge.config import Config, listen_address
 from edge.control import ControlServer
 from edge.core.forgery import Saturated
@@ -96,6 +96,7 @@ class Totals:
     late: int = 0
     decisions: Counter[tuple[str, Standing]] = field(default_factory=Counter)
     suppressed: Counter[str] = field(default_factory=Counter)
+    completed: np.ndarray = field(default_factory=lambda: np.zeros(SERVICES, np.int64))  # handshakes, by service
 
 
 class Daemon:
@@ -208,6 +209,8 @@ class Daemon:
         )
         self.outcome = step(self.state, inputs, began_s, self.config.core)
         self.totals.suppressed.update(self.outcome.counts.suppressed)
+        at_64 = inputs.delta.connections[inputs.delta.connections["level"] == Level.L64]
+        np.add.at(self.totals.completed, at_64["service"], at_64["completed"].astype(np.int64))
         self._mark_forged(self.outcome.forged, self.outcome.flood_until_s)
         self._install(began_s, self.outcome.changed)
         self._record(self.outcome.decisions)
@@ -300,6 +303,11 @@ class Daemon:
             packets=self.snapshot.counters,
             rows_active=self.snapshot.rows_active,
             rows_capacity=np.array([self.config.tables.rows(level) for level in Level]),
+            open=self.snapshot.open,
+            completed=self.totals.completed.copy(),
+            uncounted=self.snapshot.uncounted,
+            corrected=len(self.tables.corrections.held),
+            tracked={} if self.outcome is None else self.outcome.counts.rows,
             entries=+self.wanted.counts,  # without those that came to nothing
             decisions=dict(self.totals.decisions),
             evidence={
@@ -316,10 +324,12 @@ class Daemon:
             nftables_repairs=0 if nft is None else nft.repairs,
             journal_lost=self.store.lost,
             forged_prefixes=len(self.tables.forged.held),
+            flooded=self.tables.flood_until_s > 0,
             suppressed=dict(self.totals.suppressed),
             violations={
                 "every-map-is-there": int(self.snapshot.counters[Reason.INTERNAL].sum()),
                 "policy-has-room": self.tables.policy.no_room,
+                "marks-have-room": self.tables.forged.no_room + self.tables.corrections.no_room,
                 "every-change-is-reported": self.wanted.healed,
             },
         )

@@ -27,7 +27,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from edge.abi import LEVELS, REASONS, Level, Mode, Origin, Reason, Service, Standing
+from edge.abi import LEVELS, REASONS, SERVICES, Level, Mode, Origin, Reason, Service, Standing
 from edge.core.prefix import LENGTHS
 from edge.errors import UnavailableError
 
@@ -71,6 +71,11 @@ class Metrics:
     packets: np.ndarray = field(default_factory=lambda: np.zeros((REASONS, 2), np.uint64))  # passed, dropped
     rows_active: Sequence[int] | np.ndarray = (0,) * LEVELS  # by level
     rows_capacity: Sequence[int] | np.ndarray = (0,) * LEVELS
+    open: Sequence[int] | np.ndarray = (0,) * SERVICES  # connections open now, by service
+    completed: Sequence[int] | np.ndarray = (0,) * SERVICES  # handshakes, ever
+    uncounted: Sequence[int] | np.ndarray = (0,) * LEVELS  # connections for which a level had no room, ever
+    corrected: int = 0  # prefixes whose open connections the socket table contradicts
+    tracked: Mapping[Level, int] = field(default_factory=dict)  # prefixes with a reputation
     entries: Mapping[tuple[Standing, Origin, Service], int] = field(default_factory=dict)
     decisions: Mapping[tuple[str, Standing], int] = field(default_factory=dict)  # (action, standing): ever made
     evidence: Mapping[str, SourceMetrics] = field(default_factory=dict)  # by source
@@ -84,6 +89,7 @@ class Metrics:
     nftables_repairs: int = 0
     journal_lost: int = 0
     forged_prefixes: int = 0  # whose SYNs are mostly never completed, now
+    flooded: bool = False  # the same of the whole host
     suppressed: Mapping[str, int] = field(default_factory=dict)  # what ceilings and guards held back: reason, total
     violations: Mapping[str, int] = field(default_factory=dict)  # invariant: how often it did not hold
 
@@ -143,6 +149,7 @@ def _build(version: str) -> Metric:
 
 def _all(metrics: Metrics) -> Iterator[Metric]:
     yield from _kernel(metrics)
+    yield from _connections(metrics)
     yield from _decided(metrics)
     yield from _evidence(metrics)
     yield from _loop(metrics)
@@ -166,6 +173,28 @@ def _kernel(metrics: Metrics) -> Iterator[Metric]:
     yield from (packets, active, capacity, attached, enforcing)
 
 
+def _connections(metrics: Metrics) -> Iterator[Metric]:
+    now_open = _gauge("edge_connections_open", "Open connections that completed their handshake.", "service")
+    completed = _counter("edge_handshakes", "Completed handshakes.", "service")
+    for service in Service:
+        now_open.add_metric([_word(service)], int(metrics.open[service]))
+        completed.add_metric([_word(service)], int(metrics.completed[service]))
+    uncounted = _counter("edge_connections_uncounted", "Connections for which a level's table had no room.", "level")
+    tracked = _gauge("edge_prefixes_tracked", "Prefixes with a reputation.", "level")
+    for level in Level:
+        uncounted.add_metric([str(LENGTHS[level])], int(metrics.uncounted[level]))
+        tracked.add_metric([str(LENGTHS[level])], metrics.tracked.get(level, 0))
+    corrected = _gauge(
+        "edge_connections_corrected", "Prefixes whose open connections the kernel's socket table contradicts."
+    )
+    yield from (now_open, completed, uncounted, tracked, _single(corrected, metrics.corrected))
+    yield _single(
+        _gauge("edge_forged_prefixes", "Prefixes whose SYNs are mostly never completed."), metrics.forged_prefixes
+    )
+    flooded = _gauge("edge_flooded", "1 while most SYNs of the whole host are never completed.")
+    yield _single(flooded, int(metrics.flooded))
+
+
 def _decided(metrics: Metrics) -> Iterator[Metric]:
     entries = _gauge("edge_entries", "Entries in force.", "standing", "origin", "service")
     for (standing, origin, service), count in metrics.entries.items():
@@ -177,9 +206,6 @@ def _decided(metrics: Metrics) -> Iterator[Metric]:
     for reason, count in metrics.suppressed.items():
         suppressed.add_metric([reason], count)
     yield from (entries, decisions, suppressed)
-    yield _single(
-        _gauge("edge_forged_prefixes", "Prefixes whose SYNs are mostly never completed."), metrics.forged_prefixes
-    )
     yield _single(_gauge("edge_nftables_enabled", "1 where nftables sets are kept."), int(metrics.nftables_enabled))
     yield _single(
         _gauge("edge_nftables_in_sync", "1 when the sets held what they should."), int(metrics.nftables_in_sync)

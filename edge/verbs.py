@@ -98,6 +98,13 @@ class Verbs:
                 for level in Level
             },
             "entries": {standing.name.lower(): entries[standing] for standing in Standing if standing},
+            "tracked": {str(LENGTHS[level]): metrics.tracked.get(level, 0) for level in Level},
+            "connections": {
+                "open": {service.name.lower(): int(metrics.open[service]) for service in Service},
+                "completed": {service.name.lower(): int(metrics.completed[service]) for service in Service},
+                "corrected": metrics.corrected,
+            },
+            "forged": {"prefixes": metrics.forged_prefixes, "everywhere": metrics.flooded},
             "nftables": {
                 "enabled": metrics.nftables_enabled,
                 "in_sync": metrics.nftables_in_sync,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from edge.abi import LEVELS, REASONS, Mode, Origin, Reason, Service, Standing
+from edge.abi import LEVELS, REASONS, Level, Mode, Origin, Reason, Service, Standing
 from edge.errors import UnavailableError
 from edge.metrics import TICK_BOUNDS_S, Exporter, Metrics, SourceMetrics, TickTimes
 
@@ -29,6 +29,13 @@ def filled() -> Metrics:
         mode=Mode.ENFORCE,
         packets=packets,
         rows_active=np.array([2, 3, 5, 7, 11]),
+        open=np.array([61, 67]),
+        completed=np.array([71, 73]),
+        uncounted=np.array([79, 83, 89, 97, 101]),
+        corrected=103,
+        tracked={Level.L64: 107},
+        forged_prefixes=109,
+        flooded=True,
         rows_capacity=[1 << 10] * LEVELS,
         entries={(Standing.BLOCK, Origin.LEARNED, Service.MX): 13, (Standing.ALLOW, Origin.EXEMPT, Service.MX): 17},
         decisions={("open", Standing.BLOCK): 19, ("close", Standing.BLOCK): 23},
@@ -77,6 +84,14 @@ def test_every_value_is_shown(exporter: Exporter) -> None:
         "edge_rows_active{level=32}": 11,
         "edge_rows_capacity{level=64}": 1024,
         "edge_entries{origin=learned,service=mx,standing=block}": 13,
+        "edge_connections_open{service=submission}": 67,
+        "edge_handshakes_total{service=mx}": 71,
+        "edge_connections_uncounted_total{level=32}": 101,
+        "edge_connections_corrected": 103,
+        "edge_prefixes_tracked{level=64}": 107,
+        "edge_prefixes_tracked{level=32}": 0,
+        "edge_forged_prefixes": 109,
+        "edge_flooded": 1,
         "edge_entries{origin=exempt,service=mx,standing=allow}": 17,
         "edge_decisions_total{action=open,standing=block}": 19,
         "edge_decisions_total{action=close,standing=block}": 23,

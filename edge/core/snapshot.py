@@ -40,6 +40,8 @@ class Snapshot:
     now_s: float
     counters: np.ndarray  # uint64 (REASONS, 2): passed, dropped; summed over CPUs
     connections: np.ndarray  # CONNECTIONS rows of the prefixes at which something changed since the reading before
+    open: np.ndarray  # int64 (SERVICES,): connections open now
+    uncounted: np.ndarray  # int64 (LEVELS,): connections for which a level had no room, ever
     rows_active: np.ndarray  # int64 (LEVELS,): rows whose arrival time lies ahead
     limited: np.ndarray  # LIMITED rows, of each level those furthest ahead
 

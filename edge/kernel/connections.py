@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge.abi import LEVELS, SKETCH_WINDOW_S, TALLIES_PER_SET, TALLY, Level, Service
+from edge.abi import LEVELS, SERVICES, SKETCH_WINDOW_S, TALLIES_PER_SET, TALLY, Level, Service
 from edge.core.prefix import Prefix
 from edge.core.reconcile import OPEN
 from edge.core.sketch import distinct
@@ -111,6 +111,11 @@ class Connections:
         found["hi"], found["service"] = self._keys(at + base, rows["tag"]), rows["tag"] & np.uint64(1)
         found["count"] = rows["open"].astype(np.int64)
         return found
+
+    def open_by_service(self) -> np.ndarray:
+        """Open connections of each service, int64 (SERVICES,): those that a /64 (or IPv4 address) had room for."""
+        found = self.open(Level.L64)
+        return np.bincount(found["service"], weights=found["count"], minlength=SERVICES).astype(np.int64)
 
     def _keys(self, at: np.ndarray, tags: np.ndarray) -> np.ndarray:
         """Upper halves of the prefixes that rows `at` hold."""

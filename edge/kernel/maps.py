@@ -84,6 +84,8 @@ class Tables:
             now_s=now_s,
             counters=totals.astype(np.uint64),
             connections=self.connections.read(int(now_s * SECOND_NS)),
+            open=self.connections.open_by_service(),
+            uncounted=self.maps["uncounted"].items()[1].astype(np.int64),
             rows_active=rows_active,
             limited=limited,
         )

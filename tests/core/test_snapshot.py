@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from edge.abi import LEVELS, REASONS
+from edge.abi import LEVELS, REASONS, SERVICES
 from edge.core.snapshot import CONNECTIONS, LIMITED, Snapshot, delta
 
 SEED = 20264
@@ -17,6 +17,8 @@ def reading(now_s: float, counters: int = 0, changed: int = 0) -> Snapshot:
         now_s=now_s,
         counters=np.full((REASONS, 2), counters, np.uint64),
         connections=np.zeros(changed, CONNECTIONS),
+        open=np.zeros(SERVICES, np.int64),
+        uncounted=np.zeros(LEVELS, np.int64),
         rows_active=np.zeros(LEVELS, np.int64),
         limited=np.zeros(0, LIMITED),
     )
