@@ -107,6 +107,7 @@ def test_all_problems_at_once() -> None:
         ("[limits.mx.bad]\n64 = { rate_per_min = 1e-9 }", "limits.mx.bad.64.rate_per_min: expected 0 (no limit) or"),
         ("[limits.mx.bad]\n64 = { rate_per_min = 0.2, burst = 1009 }", "limits.mx.bad.64.burst: expected at most"),
         ("[limits.mx.good]\n64 = { rate_per_min = 61 }", "limits.mx.good.64: expected at least what unknown"),
+        ("[limits.mx.good]\n64 = { open = 7 }", "limits.mx.good.64.open: expected at least what unknown"),
         ("[limits.untracked]\nburst = 0", "limits.untracked.burst: expected at least 1"),
         ("tick_s = 60\n[heartbeat]\ngrace_s = 60", "heartbeat.grace_s: expected more than tick_s (60), found 60.0"),
         ("[tables]\nrows_64 = 1000003", "tables.rows_64: expected a power of two (524288 or 1048576), found 1000003"),

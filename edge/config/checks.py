@@ -129,6 +129,11 @@ def _classes_in_order(config: Config, service: Service) -> Iterator[Problem]:
         if good.rate_per_min and (good.rate_per_min < new.rate_per_min or good.burst < new.burst):
             expected = f"at least what unknown senders get there ({_rate(new)}), or 0 for no limit"
             yield Problem(key=_limit_key(service, Standing.GOOD, level), expected=expected, found=_rate(good))
+        unknown = config.limits.of(service, Standing.NEW, level)
+        if unknown.open and 0 < good.open < unknown.open:
+            key = f"{_limit_key(service, Standing.GOOD, level)}.open"
+            expected = f"at least what unknown senders get there ({unknown.open}), or 0 for any number"
+            yield Problem(key=key, expected=expected, found=shown(good.open))
         for standing in (Standing.SUSPECT, Standing.BAD):
             limit = config.limits.of(service, standing, level)
             if limit.rate_per_min > new.rate_per_min > 0:
