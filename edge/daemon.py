@@ -64,7 +64,10 @@ from edge.verbs import Verbs
 log = logging.getLogger(__name__)
 
 INTERFACES_EVERY_S = 2.0
-"""How long a re-created interface may stay without its program; asking costs two netlink messages each."""
+"""How long a re-created interface may stay without its program; asking costs a millisecond of a thread."""
+
+LOOKING_SHARE = 20.0
+"""Pause between two looks, in times of what a look took: a host of many devices or routes spends 5 % on it."""
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -475,13 +478,17 @@ async def _watch_interfaces(daemon: Daemon) -> None:
 
     As root here; as another user by ending, so that the service manager runs the loader and starts us again.
     """
+    took_s = 0.0
     while True:
-        await asyncio.sleep(INTERFACES_EVERY_S)
+        await asyncio.sleep(max(INTERFACES_EVERY_S, LOOKING_SHARE * took_s))
+        began_s = daemon.clock.now_s()
         try:
             found = await asyncio.to_thread(attach.attachments, daemon.config)
         except NoAnswerError as error:
             log.error("interfaces not looked at", extra={"fields": {"error": error}})
             continue
+        finally:
+            took_s = daemon.clock.now_s() - began_s
         gone = _with_program(daemon.attached) - _with_program(found)
         if gone:
             log.error("interface gone", extra={"fields": {"names": ",".join(sorted(gone))}})

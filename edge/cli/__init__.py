@@ -9,6 +9,7 @@ Exit codes: 0 done, 64 called wrongly, 65 input refused, 69 kernel, nftables or 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ COMMANDS = (*ask.COMMANDS, *host.COMMANDS)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error is one message on standard error."""
+    # numpy's linear algebra is not used; its threads, one a CPU, would spin for a tenth of a second when it is imported
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     session = Session()
     try:
         result = _commands().main(

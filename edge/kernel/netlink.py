@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
@@ -52,7 +53,7 @@ class Link:
 
 def links() -> list[Link]:
     """Every device; NoAnswerError when the kernel does not answer, here and below."""
-    return _ask("links", lambda kernel: [_link(one) for one in whole(kernel.get_links())])
+    return ask("links", lambda kernel: [_link(one) for one in whole(kernel.get_links())])
 
 
 def addresses() -> list[tuple[int, IPv4Interface | IPv6Interface]]:
@@ -66,7 +67,7 @@ def addresses() -> list[tuple[int, IPv4Interface | IPv6Interface]]:
             if one["family"] in (AF_INET, AF_INET6) and one.get_attr("IFA_ADDRESS")
         ]
 
-    return _ask("addresses", question)
+    return ask("addresses", question)
 
 
 def default_routes() -> set[int]:
@@ -85,13 +86,13 @@ def default_routes() -> set[int]:
             for index in _outgoing(one)
         }
 
-    return _ask("routes", question)
+    return ask("routes", question)
 
 
 def whole(messages: Iterable[Any]) -> Iterator[Any]:
     """The messages of a dump; NetlinkDumpInterrupted once the kernel says that something changed meanwhile.
 
-    pyroute2 before 0.8 looks itself, later ones do not.
+    pyroute2 0.7 raises it by itself, 0.9 does not look.
     """
     for message in messages:
         if message["header"]["flags"] & NLM_F_DUMP_INTR:
@@ -99,8 +100,8 @@ def whole(messages: Iterable[Any]) -> Iterator[Any]:
         yield message
 
 
-def _ask(what: str, question: Callable[[IPRoute], T]) -> T:
-    """The answer to a question, asked again while it comes with an interruption."""
+def ask(what: str, question: Callable[[IPRoute], T]) -> T:
+    """The answer to a question; asked again when it raises NetlinkDumpInterrupted, ATTEMPTS times at most."""
     for _ in range(ATTEMPTS):
         try:
             with IPRoute() as kernel:
@@ -116,7 +117,7 @@ def _link(message: Any) -> Link:
     elsewhere = message.get_attr("IFLA_LINK_NETNSID") is not None
     return Link(
         index=message["index"],
-        name=message.get_attr("IFLA_IFNAME"),
+        name=os.fsdecode(message.get_attr("IFLA_IFNAME")),  # pyroute2 gives bytes where it is no UTF-8
         kind=message.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or "",
         lower=0 if elsewhere else message.get_attr("IFLA_LINK") or 0,
         master=message.get_attr("IFLA_MASTER") or 0,
