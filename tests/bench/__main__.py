@@ -2,11 +2,11 @@
 
     --json          one JSON object instead of tables
     --rounds N      interleaved rounds (default 7)
-    --parts a,b     frames, runs, phases, reading, size (default: all)
+    --parts a,b     frames, runs, phases, reading, size, starting, service (default: all)
     --only REGEX    contenders of the live frames whose name matches
     --record        write the sizes as the baseline that tests compare with
 
-Needs root. Everything is made in namespaces of its own and removed in any case. With seven rounds it takes about five
+Needs root. Everything is made in namespaces of its own and removed in any case. With seven rounds it takes about nine
 minutes on two virtual CPUs; quote ratios, not nanoseconds, for another machine.
 """
 
@@ -27,10 +27,10 @@ from typing import Any
 
 from edge.errors import EdgeError
 from edge.kernel import program
-from tests.bench import cost, flood, measure, network, reading, report, size
+from tests.bench import cost, flood, measure, network, reading, report, service, size, starting
 from tests.bench.report import Result
 
-PARTS = ("frames", "runs", "phases", "reading", "size")
+PARTS = ("frames", "runs", "phases", "reading", "size", "starting", "service")
 ROUNDS = 7
 TURN_S = 0.25
 """CPU time a contender gets a round: long against what starting and ending a turn costs."""
@@ -68,6 +68,11 @@ def measure_all(
     if "size" in parts:
         result.size = size.measure()
         result.growth = size.growth(result.size, size.baseline()) if size.BASELINE.exists() else []
+    if "starting" in parts:
+        result.starting = starting.measure(rounds, say=say)
+    if "service" in parts:
+        result.service, left_out = service.measure(min(rounds, service.ROUNDS), say=say)
+        result.left_out += left_out
     result.machine["load average at the end"] = os.getloadavg()[0]
     return result
 

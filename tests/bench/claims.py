@@ -15,6 +15,8 @@ from tests.bench.flood import FEW, LISTED, MANY, NEW, Contender
 from tests.bench.measure import Summary, ratios
 from tests.bench.packets import NOT_OURS
 from tests.bench.reading import Reading
+from tests.bench.service import HONEST, Served
+from tests.bench.starting import Starting
 
 NOT_OURS_BOUND = 1.3
 FEW_BOUNDS = {"nft meter, input": 0.35, "hashlimit, raw": 0.6}
@@ -22,6 +24,9 @@ MANY_BOUNDS = {"nft meter, input": 0.5, "hashlimit, raw": 0.7}
 BLOCKED_BOUND = 0.35
 SWEEP_BOUND = 1.3
 READING_BOUND_MS = 50.0
+START_BOUND_S, RESTART_BOUND_S = 2.0, 0.5
+LOST_BOUND_PERCENT = 1.0
+SLOWDOWN_BOUND = 2.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,23 @@ def of_readings(readings: Sequence[Reading]) -> Iterator[Claim]:
     for one in readings:
         text = f"reading {one.live:,} live rows, {one.senders:,} senders known, {one.changed:,} changed"
         yield Claim(text, READING_BOUND_MS, Summary.of(one.total_ms), " ms")
+
+
+def of_starting(found: Starting | None) -> Iterator[Claim]:
+    """From `edge run` to the first tick."""
+    if found is not None:
+        yield Claim("first start until it ticks", START_BOUND_S, Summary.of(found.start_s), " s")
+        yield Claim("restart with an unchanged program", RESTART_BOUND_S, Summary.of(found.restart_s), " s")
+
+
+def of_service(served: Sequence[Served]) -> Iterator[Claim]:
+    """Honest mail through edge under a flood. What was lost is lost: of all rounds together, not their median."""
+    for one in served:
+        if one.contender == "edge":
+            lost = 100 * one.lost_share(*HONEST)
+            text = f"edge, flood {one.flood}: honest transactions"
+            yield Claim(f"{text} not completed, all rounds", LOST_BOUND_PERCENT, Summary(lost, lost, lost), " %")
+            yield Claim(f"{text}, median latency / undisturbed", SLOWDOWN_BOUND, one.slowdown(*HONEST))
 
 
 def label(name: str, sources: int) -> str:

@@ -8,13 +8,15 @@ from typing import Any
 
 import msgspec
 
-from tests.bench import claims
+from tests.bench import claims, service
 from tests.bench.claims import Claim
 from tests.bench.cost import Run
 from tests.bench.flood import NEW, REFERENCE, Contender
 from tests.bench.measure import Summary, ratios
 from tests.bench.reading import Reading
+from tests.bench.service import Served
 from tests.bench.size import Size
+from tests.bench.starting import Starting
 
 METHOD = (
     "CPU time of one pinned thread, interleaved rounds, min / median / max over the rounds; ratios are taken inside a"
@@ -34,6 +36,8 @@ class Result:
     phases: list[Run] = field(default_factory=list)
     contenders: list[Contender] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
+    service: list[Served] = field(default_factory=list)
+    starting: Starting | None = None
     size: Size | None = None
     growth: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -44,6 +48,8 @@ class Result:
             *claims.of_runs(self.runs),
             *claims.of_frames(self.contenders),
             *claims.of_readings(self.readings),
+            *claims.of_starting(self.starting),
+            *claims.of_service(self.service),
         ]
 
 
@@ -57,6 +63,8 @@ def as_json(result: Result) -> dict[str, Any]:
         "phases": [_run(one) for one in result.phases],
         "live_frames": [_contender(one) for one in result.contenders],
         "reading": [{**asdict(one), "bcc_scaled_ms": one.bcc_scaled_ms} for one in result.readings],
+        "starting": asdict(result.starting) if result.starting else None,
+        "service": [service.as_json(one) for one in result.service],
         "size": msgspec.to_builtins(result.size) if result.size else None,
         "growth": result.growth,
         "left_out": result.left_out,
@@ -106,6 +114,13 @@ def _text(result: Result) -> Iterator[str]:
     if result.readings:
         yield "\n## A tick's reading\n"
         yield from _readings(result.readings)
+    if result.starting:
+        yield "\n## Until it ticks\n"
+        yield from _starting(result.starting)
+    if result.service:
+        yield "\n## Mail that is still served under a flood\n"
+        yield service.METHOD + "\n"
+        yield from service.table(result.service)
     if result.size:
         yield "\n## Size\n"
         yield from _size(result.size)
@@ -169,6 +184,14 @@ def _readings(readings: Sequence[Reading]) -> Iterator[str]:
         cells = [f"{s.low:.1f} / {s.median:.1f} / {s.high:.1f}" for s in map(Summary.of, parts)]
         counts = f"{one.live:,} | {one.senders:,} | {one.changed:,}"
         yield f"| {counts} | {' | '.join(cells)} (from {one.bcc_entries:,}) |"
+
+
+def _starting(starting: Starting) -> Iterator[str]:
+    yield "| start | s: min / median / max |"
+    yield "|---|---|"
+    for name, values in (("first, compiles", starting.start_s), ("again, unchanged program", starting.restart_s)):
+        found = Summary.of(values)
+        yield f"| {name} | {found.low:.2f} / {found.median:.2f} / {found.high:.2f} |"
 
 
 def _size(size: Size) -> Iterator[str]:
