@@ -39,8 +39,9 @@ class Interfaces(Section, frozen=True):
         Meta(
             min_length=1,
             max_length=64,
-            description='"auto" means every interface that carries a default route. For a VLAN, bond or bridge the '
-            "devices below it get the program; of a bridge only those that lead out, so name a guest port to judge it.",
+            description='"auto" means every interface that carries a default route; name them where the routing table '
+            "has ten thousands of routes. For a VLAN, bond or bridge the devices below it get the program; of a bridge "
+            "only those that lead out, so name a guest port to judge it.",
         ),
     ] = ("auto",)
     xdp_mode: Annotated[
