@@ -71,6 +71,11 @@ LOOKING_SHARE = 20.0
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+M_MMAP_THRESHOLD = -3  # malloc.h
+MAPPED_BYTES = 65536
+"""Blocks from this size on go back to the system when freed. Left alone, glibc raises the limit to the largest block it
+saw freed, and keeps what a busy tick took: 20 MB after 40,000 events."""
+
 RECONCILE_EVERY_S = 30.0
 """Connections that were open before us end within minutes; reading 50,000 sockets takes 0.1 s of a thread."""
 
@@ -340,6 +345,7 @@ class Daemon:
 
 def run(config: Config, *, replace: bool = False) -> int:
     """Run until SIGTERM or SIGINT; as root the programs are loaded first. Returns the exit code."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
     with _hold_pins(config):
         _load_if_needed(config, replace=replace)
         attached = attach.attachments(config)

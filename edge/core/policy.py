@@ -31,6 +31,10 @@ from edge.core.model import Entry
 from edge.core.prefix import LENGTHS, Prefix
 from edge.core.reputation import Reputation, Touched
 from edge.core.rules import PolicyParams, has_few_bad, is_block_worthy, may_block, needed_children, rotates
+from edge.core.screen import can_matter
+
+_SCREENED = 32
+"""Candidates above which they are screened first: that costs 0.3 ms, and judging one some 30 us."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +88,7 @@ def propose(view: View, touched: Iterable[Touched]) -> list[Proposal]:
 
 def _candidates(view: View, group: Touched) -> list[tuple[Prefix, bool]]:
     """Prefixes worth a look, with whether bad evidence came in now: the worst first, no more than the most."""
-    p, rows = view.params, view.reputation.tables[group.service, group.level].rows[group.rows]
+    p, rows = view.params, view.reputation.tables[group.service, group.level].values(group.rows)
     bad, good = rows["bad"], rows["good"]
     ill = group.bad > 0
     if group.level is not Level.L64:
@@ -95,11 +99,20 @@ def _candidates(view: View, group: Touched) -> list[tuple[Prefix, bool]]:
     order = np.lexsort((rows["lo"][picks], rows["hi"][picks], -bad[picks], ~ill[picks]))
     if len(order) > p.candidates:
         view.suppress("candidates", len(order) - p.candidates)
-    length = LENGTHS[group.level]
-    return [
-        (Prefix.of(int(rows["hi"][i]), int(rows["lo"][i]), length), bool(ill[i]))
-        for i in picks[order[: p.candidates]].tolist()
-    ]
+    picks = picks[order[: p.candidates]]
+    rows, ill, length = rows.take(picks), ill[picks], LENGTHS[group.level]
+    matter = np.ones(len(rows), bool)
+    if len(rows) > _SCREENED:
+        matter = can_matter(view.reputation, group.service, group.level, rows, view.now_s, p)
+    found = []
+    for hi, lo, bad_now, matters in zip(
+        rows["hi"].tolist(), rows["lo"].tolist(), ill.tolist(), matter.tolist(), strict=True
+    ):
+        if matters or group.level is Level.L64:
+            prefix = Prefix.of(hi, lo, length)
+            if matters or view.entry(group.service, prefix) is not None:  # what is in force may have to end
+                found.append((prefix, bad_now))
+    return found
 
 
 def _judge(view: View, service: Service, level: Level, prefix: Prefix, bad_now: bool) -> Proposal | None:

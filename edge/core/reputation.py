@@ -22,11 +22,25 @@ import numpy as np
 
 from edge.abi import Level, Service
 from edge.core.belief import Belief, wilson
-from edge.core.prefix import LENGTHS, Prefix, mask
+from edge.core.index import Keys
+from edge.core.prefix import IPV4_SPACE, LENGTHS, Prefix, mask
 from edge.core.scoring import Domains, Floats, ScoringParams, score
-from edge.core.table import HOUR_S, LEAN_BAD, LEAN_GOOD, LEAN_NONE, UNIT_AGREES, UNIT_DIFFERS, UNIT_NONE, Table
+from edge.core.table import (
+    EVENTS_MOST,
+    HOUR_S,
+    LEAN_BAD,
+    LEAN_GOOD,
+    LEAN_NONE,
+    UNIT_AGREES,
+    UNIT_DIFFERS,
+    UNIT_NONE,
+    Table,
+)
 
 DAY_S = 86400.0
+
+_HIGH = tuple(mask(length)[0] for length in LENGTHS)
+_SHORTEST_FIRST = tuple(reversed(Level))
 
 _LEAN_COLUMNS = ((LEAN_BAD, "bad_children"), (LEAN_GOOD, "good_children"))
 _UNIT_COLUMNS = ((UNIT_AGREES, "agree"), (UNIT_DIFFERS, "differ"))
@@ -40,9 +54,7 @@ HalfLife = Annotated[
         "16 days to the /48 and 32 days at the /32, mail bots are shorter, so less at the leaves",
     ),
 ]
-Capacity = Annotated[
-    int, msgspec.Meta(ge=16, le=1 << 24, description="rows at this level and service; about 200 bytes each")
-]
+Capacity = Annotated[int, msgspec.Meta(ge=16, le=1 << 24, description="rows at this level and service; 140 bytes each")]
 
 
 class ReputationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -160,33 +172,29 @@ class Reputation:
         self, service: Service, events: np.ndarray, bad: Floats, good: Floats, now: float
     ) -> list[Touched]:
         touched: list[Touched] = []
-        ipv4 = events["hi"] >> np.uint64(32) == 0xFFFF
+        order = np.lexsort((events["lo"], events["hi"]))  # the one order serves every level
+        hi, lo, bad, good = events["hi"][order], events["lo"][order], bad[order], good[order]
+        ipv6 = ~_is_ipv4(hi)
         for level in Level:
-            here = ~ipv4 if level in (Level.L128, Level.L32) else np.ones(len(events), bool)
+            here = ipv6 if level in (Level.L128, Level.L32) else np.ones(len(hi), bool)
             if here.any():
-                touched.append(self._add(service, level, events[here], bad[here], good[here], now))
+                touched.append(self._add(service, level, hi[here], lo[here], bad[here], good[here], now))
         for group in touched:
             self._lean(group, now)
         return touched
 
     def _add(
-        self, service: Service, level: Level, events: np.ndarray, bad: Floats, good: Floats, now_s: float
+        self, service: Service, level: Level, hi: Keys, lo: Keys, bad: Floats, good: Floats, now_s: float
     ) -> Touched:
-        """Add weights at one level, one row a distinct prefix."""
-        high, low = mask(LENGTHS[level])
-        keys = np.empty(len(events), [("hi", "<u8"), ("lo", "<u8")])
-        keys["hi"], keys["lo"] = events["hi"] & np.uint64(high), events["lo"] & np.uint64(low)
-        if level is Level.L128:
-            unique, which = np.unique(keys, return_inverse=True)
-            names = [hi << 64 | lo for hi, lo in unique.tolist()]
-        else:
-            single, which = np.unique(keys["hi"], return_inverse=True)
-            names = single.tolist()
+        """Add weights at one level, one row a distinct prefix; the addresses are in order."""
+        hi = hi & np.uint64(_HIGH[level])
+        first = _first(hi) | _first(lo) if level is Level.L128 else _first(hi)
+        which, count = np.cumsum(first) - 1, int(first.sum())
         table = self.tables[service, level]
-        rows = table.touch(names, now_s)
-        bads: Floats = np.bincount(which, weights=bad, minlength=len(names)).astype(np.float64)
-        goods: Floats = np.bincount(which, weights=good, minlength=len(names)).astype(np.float64)
-        counts = np.bincount(which, minlength=len(names))
+        rows = table.touch(hi[first], lo[first] if level is Level.L128 else None, now_s)
+        bads: Floats = np.bincount(which, weights=bad, minlength=count).astype(np.float64)
+        goods: Floats = np.bincount(which, weights=good, minlength=count).astype(np.float64)
+        counts = np.bincount(which, minlength=count)
         kept = rows >= 0
         rows, bads, goods = rows[kept], bads[kept], goods[kept]
         values = table.rows
@@ -194,8 +202,7 @@ class Reputation:
         values["good"][rows] += goods
         values["hourly"][rows] += bads
         values["good_s"][rows[goods > 0]] = now_s
-        values["events"][rows] += counts[kept].astype(np.uint64)
-        values["last_s"][rows] = now_s
+        values["events"][rows] = np.minimum(values["events"][rows] + counts[kept], EVENTS_MOST)
         _bound_pair(values, rows, "bad", "good", self.params.memory)
         return Touched(service=service, level=level, rows=rows, bad=bads, good=goods)
 
@@ -205,60 +212,62 @@ class Reputation:
         A unit leans by its own weights: bad from half a message on when that is most of it, good when it is known to
         be. What holds units leans by them, and is bad only when four of five are.
         """
-        level, values = touched.level, self.tables[touched.service, touched.level].rows
-        rows = values[touched.rows]
-        by_weight = (level is Level.L128) | ((level is Level.L64) & (rows["hi"] >> np.uint64(32) == 0xFFFF))
-        bad = np.where(by_weight, rows["bad"], rows["bad_children"])
-        good = np.where(by_weight, rows["good"], rows["good_children"])
+        level, rows = touched.level, touched.rows
+        values = self.tables[touched.service, level].rows
+        by_weight = (level is Level.L128) | ((level is Level.L64) & _is_ipv4(values["hi"][rows]))
+        bad = np.where(by_weight, values["bad"][rows], values["bad_children"][rows])
+        good = np.where(by_weight, values["good"][rows], values["good_children"][rows])
         most = np.where(by_weight, 0.5, 0.8)
         lean = np.where((bad >= 0.5) & (bad >= most * (bad + good)), LEAN_BAD, LEAN_NONE)
         known = np.where(by_weight, self.params.known_good_weight, 0.25)
         lean = np.where((lean == LEAN_NONE) & (good >= known), LEAN_GOOD, lean)
-        if level is not Level.L32:
-            self._recount(touched.service, Level(level + 1), rows, "lean", lean, _LEAN_COLUMNS, now_s)
-        values["lean"][touched.rows] = lean
+        if level is Level.L32:
+            values["lean"][rows] = lean
+        else:
+            self._recount(touched, Level(level + 1), "lean", lean, _LEAN_COLUMNS, now_s)
         if level is Level.L56:
             self._recount_units(touched, now_s)
-        values["counted_s"][touched.rows] = now_s
+        values["last_s"][rows] = now_s
 
     def _recount(
         self,
-        service: Service,
+        touched: Touched,
         above: Level,
-        children: np.ndarray,
         column: str,
         after: np.ndarray,
         names: tuple[tuple[int, str], ...],
         now_s: float,
     ) -> None:
-        """Count children anew in the prefixes above them; `names` gives the count of each state.
+        """Note a new state of each touched prefix in this column, and count them anew in the prefixes above them;
+        `names` gives the count of each state.
 
         What is left of a child's last count is taken out first: one that sends every day counts as one, always. A
         parent that was dropped in between has nothing of it left.
         """
-        table = self.tables[service, above]
-        keys, which = np.unique(children["hi"] & np.uint64(mask(LENGTHS[above])[0]), return_inverse=True)
-        found = np.fromiter((table.index.get(key, -1) for key in keys.tolist()), np.int64, len(keys))
+        table, children = self.tables[touched.service, above], self.tables[touched.service, touched.level].rows
+        before, last_s = children[column][touched.rows], children["last_s"][touched.rows]
+        keys = children["hi"][touched.rows] & np.uint64(_HIGH[above])
+        first = _first(keys)  # they are in order
+        which, count = np.cumsum(first) - 1, int(first.sum())
+        found = table.find_all(keys[first])
         known = found >= 0
-        age = np.maximum(0.0, now_s - children["counted_s"])
-        forgotten = children["counted_s"] < table.rows["made_s"][found[which]]
-        left = np.where(forgotten, 0.0, np.exp2(-age / table.half_life_s))
+        parents = found[known]
+        age = np.maximum(0.0, now_s - last_s)
+        made_s = np.where(known, table.rows["made_s"][found], now_s)
+        left = np.where(last_s < made_s[which], 0.0, np.exp2(-age / table.half_life_s))
         for state, name in names:
-            steps = np.bincount(
-                which, weights=(after == state) - (children[column] == state) * left, minlength=len(keys)
-            )
-            table.rows[name][found[known]] = np.maximum(0.0, table.rows[name][found[known]] + steps[known])
-        _bound_pair(table.rows, found[known], names[0][1], names[1][1], self.params.children_memory)
+            steps = np.bincount(which, weights=(after == state) - (before == state) * left, minlength=count)
+            table.rows[name][parents] = np.maximum(0.0, table.rows[name][parents] + steps[known])
+        _bound_pair(table.rows, parents, names[0][1], names[1][1], self.params.children_memory)
+        children[column][touched.rows] = after
 
     def _recount_units(self, touched: Touched, now_s: float) -> None:
         """Tell each IPv6 /32 whether its /56s stand or fall together: whether a /56 there is one customer."""
-        values = self.tables[touched.service, Level.L56].rows
-        rows = values[touched.rows]
-        bad, good = rows["bad_children"], rows["good_children"]
+        values = self.tables[touched.service, touched.level].rows
+        bad, good = values["bad_children"][touched.rows], values["good_children"][touched.rows]
         unit = np.where((bad >= 1.5) & (good < 0.5), UNIT_AGREES, UNIT_NONE)
         unit = np.where((bad >= 0.5) & (good >= 0.5), UNIT_DIFFERS, unit)
-        self._recount(touched.service, Level.L32, rows, "unit", unit, _UNIT_COLUMNS, now_s)
-        values["unit"][touched.rows] = unit
+        self._recount(touched, Level.L32, "unit", unit, _UNIT_COLUMNS, now_s)
 
     def _count_traffic(self, service: Service, good: float, now_s: float) -> None:
         self.traffic[service] = (self.good_traffic(service, now_s) + good, now_s)
@@ -271,10 +280,12 @@ class Reputation:
     def find(self, service: Service, prefix: Prefix) -> np.void | None:
         """The raw row of a prefix at a level; its weights are those of its `at_s`."""
         level = prefix.level
-        if level is None:
-            return None
+        return None if level is None else self._row(service, level, prefix)
+
+    def _row(self, service: Service, level: Level, inside: Prefix) -> np.void | None:
+        """The raw row of the prefix of this level that holds another, or begins with it."""
         table = self.tables[service, level]
-        row = table.find(prefix.hi << 64 | prefix.lo if level is Level.L128 else prefix.hi)
+        row = table.find(inside.hi & _HIGH[level], inside.lo)
         if row is None:
             return None
         found: np.void = table.rows[row]
@@ -282,12 +293,20 @@ class Reputation:
 
     def weights(self, service: Service, prefix: Prefix, now_s: float, *names: str) -> tuple[float, ...]:
         """These decaying columns of a prefix, decayed to now; zeros when nothing is known."""
-        level, row = prefix.level, self.find(service, prefix)
-        if level is None or row is None:
+        level = prefix.level
+        if level is None:
+            return (0.0,) * len(names)
+        return self._faded(service, level, self._row(service, level, prefix), now_s, *names)
+
+    def _faded(
+        self, service: Service, level: Level, row: np.void | None, now_s: float, *names: str
+    ) -> tuple[float, ...]:
+        """Decaying columns of a row, decayed to now; zeros where there is none."""
+        if row is None:
             return (0.0,) * len(names)
         age = max(0.0, now_s - float(row["at_s"]))
         fade = 2.0 ** (-age / self.tables[service, level].half_life_s)
-        return tuple(float(row[name]) * fade for name in names)
+        return tuple([float(row[name]) * fade for name in names])
 
     def prior(self, service: Service, prefix: Prefix, now_s: float) -> tuple[float, float, str]:
         """What the relatives of a prefix say of it: mean, weight, and the nearest ancestor that knew any.
@@ -295,11 +314,12 @@ class Reputation:
         From the shortest level down, the branch that leads to the prefix left out. Nearer relatives that disagree
         with those further off wear them down to `prior_weight`. The weight is the number of relatives that were heard.
         """
-        p, mean, weight, source = self.params, 0.5, 0.0, "nothing known around it"
-        for length in _above(prefix):
-            ancestor = prefix.parent(length)
-            bad, good = self.weights(service, ancestor, now_s, "bad_children", "good_children")
-            branch = self.find(service, prefix.parent(_below(length)))
+        p, mean, weight, nearest = self.params, 0.5, 0.0, None
+        above = _above(prefix)
+        row = self._row(service, above[0], prefix) if above else None
+        for level in above:
+            bad, good = self._faded(service, level, row, now_s, "bad_children", "good_children")
+            row = branch = self._row(service, Level(level - 1), prefix)  # of the next ancestor, if there is one
             lean = LEAN_NONE if branch is None else int(branch["lean"])
             bad, good = max(0.0, bad - (lean == LEAN_BAD)), max(0.0, good - (lean == LEAN_GOOD))
             if bad + good < 0.5:
@@ -307,14 +327,15 @@ class Reputation:
             against = good * mean + bad * (1 - mean)
             kept = max(min(weight, p.prior_weight), weight / (1 + against))
             mean = (bad + kept * mean) / (bad + good + kept)
-            weight, source = bad + good + kept, str(ancestor)
-        return mean, weight, source
+            weight, nearest = bad + good + kept, level
+        return mean, weight, "nothing known around it" if nearest is None else str(prefix.parent(LENGTHS[nearest]))
 
     def standing(self, service: Service, prefix: Prefix, now_s: float) -> Belief:
         """Posterior and bounds of a prefix. Units are judged by weight, what holds them by distinct children."""
-        row = self.find(service, prefix)
-        bad, good, bad_children, good_children = self.weights(
-            service, prefix, now_s, "bad", "good", "bad_children", "good_children"
+        level = prefix.level
+        row = None if level is None else self._row(service, level, prefix)
+        bad, good, bad_children, good_children = self._faded(
+            service, Level.L128 if level is None else level, row, now_s, "bad", "good", "bad_children", "good_children"
         )
         mean, known, source = self.prior(service, prefix, now_s)
         weight = min(known, self.params.prior_weight if mean > 0.5 else self.params.doubt_weight)
@@ -346,12 +367,9 @@ class Reputation:
     ) -> list[tuple[Prefix, float, float]]:
         """Rows of a longer level inside a prefix, with bad and good weight, best first."""
         table = self.tables[service, level]
-        if level is Level.L128 and prefix.length == 64:
-            rows = np.array(sorted(table.groups.get(prefix.hi, ())), np.int64)
-        else:
-            rows = table.inside(prefix.hi, prefix.hi | ~mask(prefix.length)[0] & (1 << 64) - 1)
+        rows = table.inside(prefix.hi, prefix.hi | ~mask(prefix.length)[0] & (1 << 64) - 1)
         fade = table.factor(rows, now_s)
-        values = table.rows[rows]
+        values = table.values(rows)
         bad, good = values["bad"] * fade, values["good"] * fade
         order = np.lexsort((values["lo"], values["hi"], bad - good))
         length = LENGTHS[level]
@@ -366,7 +384,7 @@ class Reputation:
             if prefix.length <= LENGTHS[level] or (level is Level.L32 and prefix.ipv4):
                 continue
             table = self.tables[service, level]
-            row = table.find(prefix.parent(LENGTHS[level]).hi)
+            row = table.find(prefix.hi & _HIGH[level])
             if row is not None:
                 factor = float(table.factor(np.array([row]), now_s)[0])
                 table.rows[column][row] += 1.0 / factor  # weights are as of at_s
@@ -381,11 +399,17 @@ def _bound_pair(values: np.ndarray, rows: np.ndarray, bad: str, good: str, most:
     values[good][rows] *= scale
 
 
-def _above(prefix: Prefix) -> list[int]:
+def _first(keys: Keys) -> np.ndarray:
+    """Which of these keys differ from the one before; in order, these are the distinct ones."""
+    return np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+
+
+def _is_ipv4(hi: Keys) -> np.ndarray:
+    """Which keys are those of IPv4 addresses or prefixes."""
+    return np.asarray(hi >> np.uint64(32) == IPV4_SPACE)
+
+
+def _above(prefix: Prefix) -> list[Level]:
     """The levels shorter than a prefix, shortest first; IPv4 starts at its /16."""
-    return [n for n in reversed(LENGTHS) if n < prefix.length and not (prefix.ipv4 and n < 48)]
-
-
-def _below(length: int) -> int:
-    """The next longer level."""
-    return LENGTHS[LENGTHS.index(length) - 1]
+    least = 48 if prefix.ipv4 else 0
+    return [level for level in _SHORTEST_FIRST if least <= LENGTHS[level] < prefix.length]

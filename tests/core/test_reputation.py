@@ -14,7 +14,6 @@ from edge.core.model import Authentication, Event, Verdict, batch
 from edge.core.prefix import Prefix
 from edge.core.reputation import DAY_S, Reputation, ReputationParams
 from edge.core.scoring import Domains, ScoringParams, score
-from edge.core.table import Table
 from tests.core.worlds import bad, event, ham
 
 SEED = 20262
@@ -191,30 +190,6 @@ def test_dropped_children_leave_their_parents_what_they_gave() -> None:
 def test_good_neighbour_survives_a_flood_of_addresses() -> None:
     reputation = learned(ham("2001:db8:1:2::25"), *(bad(f"2001:db8:1:2:1::{n:x}") for n in range(1, 212)))
     assert weights(reputation, "2001:db8:1:2::25/128")[1] > 0
-
-
-def test_table_is_bounded_and_drops_the_least() -> None:
-    table = Table(capacity=16, half_life_s=DAY_S)
-    heavy = table.touch([1, 2, 3], NOW)
-    table.rows["bad"][heavy] = 11.0
-    for key in range(100, 1109):
-        assert table.touch([key], NOW)[0] >= 0
-        assert len(table) <= 16
-    assert [table.find(key) is not None for key in (1, 2, 3)] == [True, True, True]
-
-
-def test_touched_rows_stay() -> None:
-    table = Table(capacity=16, half_life_s=DAY_S)
-    rows = table.touch(list(range(97)), NOW)
-    assert (rows >= 0).sum() == 16
-    assert table.refused == 97 - 16
-    assert len(set(rows[rows >= 0].tolist())) == 16
-
-
-def test_flood_of_one_64_in_one_batch_takes_its_group_only() -> None:
-    table = Table(capacity=4096, half_life_s=DAY_S, group=64)
-    assert (table.touch([7 << 64 | n for n in range(10007)], NOW) >= 0).sum() == 64
-    assert len(table) == 64
 
 
 def test_clock_that_goes_back_changes_no_weight() -> None:
