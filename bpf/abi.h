@@ -181,6 +181,20 @@ struct policy_entry {
 	__u8 pad;
 };
 
+/* map policy_lines: one cache line, four entries of the map policy. A tag holds the bits of the prefix's mixed key
+ * that the line's index does not, and below them, from the lowest: service, level, standing (NEW: the way is free),
+ * origin, and in the first tag whether the line has MORE entries, in the map policy only. Writer: daemon. */
+#define POLICY_WAYS 4
+#define POLICY_LEVEL_SHIFT 1
+#define POLICY_STANDING_SHIFT 4
+#define POLICY_ORIGIN_SHIFT 7
+#define POLICY_MORE_SHIFT 9
+#define POLICY_TAG_BITS 10
+struct policy_line {
+	__u64 tag[POLICY_WAYS];
+	__u64 expires_ns[POLICY_WAYS];	/* as in struct policy_entry */
+};
+
 /* maps rows_*: one cache line, four rows. A row is free when its theoretical
  * arrival time has passed: a refilled bucket holds no information.
  * Writer: the XDP program. */
@@ -210,7 +224,7 @@ struct tally {
 	__u64 last_ns;		/* CLOCK_MONOTONIC of the last change */
 	__u64 crowded;		/* 1: counted in the map `crowded` */
 	__u64 window;		/* which window `recent` counts */
-	__u64 pad;
+	__u64 claimed;		/* in a set's first row, 1: a CPU gives one of its rows away */
 	__u64 recent[SKETCH_WORDS];	/* distinct children in that window (sketch.h) */
 	__u64 before[SKETCH_WORDS];	/* and in the one before */
 };
@@ -249,6 +263,6 @@ struct verdict {
 #define EDGE_ABI_ENUMS(X) X(level) X(service) X(reason) X(standing) X(origin) X(mode) X(control_flag)
 #define EDGE_ABI_STRUCTS(X) \
 	X(identity) X(control) X(limit) X(address) X(policy_key) X(range_key) X(policy_entry) \
-	X(line) X(counter) X(tally) X(held) X(crowded_levels) X(verdict)
+	X(policy_line) X(line) X(counter) X(tally) X(held) X(crowded_levels) X(verdict)
 
 #endif

@@ -69,16 +69,17 @@ INLINE void sip_round(struct sip *s)
 	s->c = rotate(s->c, 32);
 }
 
-INLINE void sip_word(struct sip *s, __u64 word)
+INLINE void sip_rounds(struct sip *s, __u64 count)
 {
-	s->d ^= word;
-	sip_round(s);
-	sip_round(s);
-	s->a ^= word;
+#pragma nounroll
+	for (__u64 i = 0; i < count; i++)
+		sip_round(s);
 }
 
-/* SipHash-2-4 of five words (Aumasson, Bernstein: INDOCRYPT 2012). */
-INLINE __u64 siphash(const __u64 *key, __u64 one, __u64 two, __u64 three, __u64 four, __u64 five)
+#define SIP_WORDS 5
+
+/* SipHash-2-4 of five words (Aumasson, Bernstein: INDOCRYPT 2012). Loops, so that the text stays small. */
+INLINE __u64 siphash(const __u64 *key, const __u64 *words)
 {
 	struct sip s = {
 		.a = key[0] ^ 0x736f6d6570736575ull,
@@ -87,25 +88,30 @@ INLINE __u64 siphash(const __u64 *key, __u64 one, __u64 two, __u64 three, __u64 
 		.d = key[1] ^ 0x7465646279746573ull,
 	};
 
-	sip_word(&s, one);
-	sip_word(&s, two);
-	sip_word(&s, three);
-	sip_word(&s, four);
-	sip_word(&s, five);
-	sip_word(&s, 40ull << 56);	/* the length in bytes */
+#pragma nounroll
+	for (__u64 i = 0; i <= SIP_WORDS; i++) {
+		/* the last word is the length in bytes */
+		__u64 word = i < SIP_WORDS ? words[i] : (8ull * SIP_WORDS) << 56;
+
+		s.d ^= word;
+		sip_rounds(&s, 2);
+		s.a ^= word;
+	}
 	s.c ^= 0xff;
-	sip_round(&s);
-	sip_round(&s);
-	sip_round(&s);
-	sip_round(&s);
+	sip_rounds(&s, 4);
 	return s.a ^ s.b ^ s.c ^ s.d;
 }
 
 /* What a real client's RST will carry; `slot` is now >> COOKIE_SLOT_BITS. */
 INLINE __u32 cookie(const __u64 *key, const struct plain *packet, __u32 slot)
 {
-	return (__u32)siphash(key, packet->source_hi, packet->source_lo, packet->destination_hi, packet->destination_lo,
-			      (__u64)packet->ports << 32 | slot);
+	__u64 words[SIP_WORDS] = {
+		packet->source_hi,	packet->source_lo,
+		packet->destination_hi, packet->destination_lo,
+		(__u64)packet->ports << 32 | slot,
+	};
+
+	return (__u32)siphash(key, words);
 }
 
 /* Fill `packet` if the frame is plain: 1, else 0. */
@@ -118,7 +124,8 @@ INLINE int is_plain(const void *data, const void *end, struct plain *packet)
 	const void *cursor = ethernet + 1;
 	__u32 type;
 
-	if (cursor > end)
+	/* a frame to many is not to be answered */
+	if (cursor > end || ethernet->destination[0] & 1)
 		return 0;
 	type = FROM_BE16(ethernet->type);
 	packet->network = sizeof(*ethernet);

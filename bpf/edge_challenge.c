@@ -24,7 +24,8 @@ INLINE int take_answer(struct xdp_md *ctx)
 	struct plain *packet;
 	struct identity *made;
 	u64 now, until, right = 0;
-	u32 zero = 0;
+	u32 zero = 0, port;
+	u8 *service;
 
 	working = scratch.lookup(&zero);
 	made = identity.lookup(&zero);
@@ -34,6 +35,10 @@ INLINE int take_answer(struct xdp_md *ctx)
 	if (!is_plain((void *)(long)ctx->data, (void *)(long)ctx->data_end, packet))
 		return 0;
 	if ((packet->flags & (TCP_RST | TCP_SYN | TCP_ACK)) != TCP_RST)
+		return 0;
+	port = packet->ports & 0xffff;
+	service = services.lookup(&port);
+	if (!service || !*service)
 		return 0;
 	now = bpf_ktime_get_ns();
 #pragma nounroll

@@ -19,7 +19,7 @@
 #define NO_WORTH (1ull << 62)
 
 /* Another CPU holds a row it is giving away for some fifty instructions. */
-#define CLAIM_ATTEMPTS 4
+#define CLAIM_ATTEMPTS 8
 
 INLINE int remote_source(struct bpf_sock_ops *ops, struct source *source)
 {
@@ -103,7 +103,8 @@ INLINE int take_over(struct tally *row, u32 level, u64 set, u64 tag)
 		row->recent[word] = 0;
 		row->before[word] = 0;
 	}
-	row->open = 1;
+	/* not a store: another CPU may just be taking back what it counted here for the old prefix */
+	__sync_fetch_and_add(&row->open, 1);
 	__sync_val_compare_and_swap(&row->tag, TALLY_BUSY, tag);
 	return 1;
 }
@@ -112,7 +113,6 @@ INLINE int take_over(struct tally *row, u32 level, u64 set, u64 tag)
 struct set_view {
 	u64 own;
 	u64 spare;	/* the row without open connections that is worth least */
-	u64 busy;	/* 1: a row is changing hands */
 };
 
 /* Look at a set. Arithmetic instead of branches, which the verifier would all follow, in each attempt. */
@@ -122,7 +122,6 @@ INLINE int view_set(u32 first, u64 tag, struct set_view *view)
 
 	view->own = 0;
 	view->spare = 0;
-	view->busy = 0;
 #pragma unroll
 	for (u32 way = 0; way < TALLIES_PER_SET; way++) {
 		u32 index = first + way;
@@ -132,8 +131,7 @@ INLINE int view_set(u32 first, u64 tag, struct set_view *view)
 		if (!row)
 			return 0;
 		found = *(volatile u64 *)&row->tag;
-		view->own |= (index + 1) & -is_zero(found ^ tag);
-		view->busy |= is_zero(found ^ TALLY_BUSY);
+		view->own = choose(is_zero(found ^ tag), index + 1, view->own);
 		worth = tally_worth(row->last_ns, row->completed) & -(is_zero(found) ^ 1);
 		worth = choose(is_zero(row->open), worth, NO_WORTH);
 		is_least = less(worth, least);
@@ -147,37 +145,47 @@ INLINE int view_set(u32 first, u64 tag, struct set_view *view)
  * prefix had no row. */
 INLINE u32 open_one(u32 level, u64 mixed, u64 service, u64 *is_new)
 {
-	u64 set_mask = tally_set_mask(level), tag = tally_tag(mixed, set_mask, service);
-	u32 first = tally_first(level, mixed), index;
+	u64 set_mask = tally_set_mask(level), tag = tally_tag(mixed, set_mask, service), claimed = 0;
+	u32 first = tally_first(level, mixed), index, found = 0;
+	struct tally *row, *set = connections.lookup(&first);
 	struct set_view view;
-	struct tally *row;
 
 	*is_new = 0;
+	if (!set)
+		return 0;
 #pragma nounroll
 	for (u64 attempt = 0; attempt < CLAIM_ATTEMPTS; attempt++) {
 		if (!view_set(first, tag, &view))
-			return 0;
-		if (!view.own && view.busy) /* perhaps just becoming ours */
+			break;
+		if (!view.own && !claimed) {
+			/* look again once no other CPU can be making the prefix a row */
+			claimed = is_zero(__sync_val_compare_and_swap(&set->claimed, 0, 1));
 			continue;
+		}
 		if (!(view.own | view.spare))
-			return 0;
+			break;
 		index = (view.own ? view.own : view.spare) - 1;
 		row = connections.lookup(&index);
 		if (!row)
-			return 0;
+			break;
 		if (!view.own) {
 			if (!take_over(row, level, mixed & set_mask, tag))
 				continue;
 			*is_new = 1;
-			return index + 1;
+			found = index + 1;
+			break;
 		}
 		__sync_fetch_and_add(&row->open, 1);
-		if (*(volatile u64 *)&row->tag == tag)
-			return index + 1;
+		if (*(volatile u64 *)&row->tag == tag) {
+			found = index + 1;
+			break;
+		}
 		/* it was given away in between */
 		__sync_fetch_and_add(&row->open, -1);
 	}
-	return 0;
+	if (claimed)
+		__sync_val_compare_and_swap(&set->claimed, 1, 0);
+	return found;
 }
 
 /* What each level learns from a completed handshake. */
@@ -236,8 +244,8 @@ INLINE void opened(struct bpf_sock_ops *ops, const struct source *source, u32 se
 		}
 		mark_crowded(row, level, mixed, is_crowded(row->open, &key, level, settings));
 	}
-	/* only sockets counted here report their end */
-	bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
+	/* only sockets counted here report their end; what another program asked for stays */
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 INLINE void closed(struct bpf_sock_ops *ops, const struct source *source)

@@ -4,8 +4,14 @@ import enum
 
 import numpy as np
 
-ABI_ID = 0x2C100D1004B18DBC  # of everything below
+ABI_ID = 0x34D889AE45BE8BDF  # of everything below
 ABI_VERSION = 1
+POLICY_WAYS = 4
+POLICY_LEVEL_SHIFT = 1
+POLICY_STANDING_SHIFT = 4
+POLICY_ORIGIN_SHIFT = 7
+POLICY_MORE_SHIFT = 9
+POLICY_TAG_BITS = 10
 ROWS_PER_LINE = 4
 TALLIES_PER_SET = 4
 SKETCH_WORDS = 4
@@ -187,6 +193,12 @@ POLICY_ENTRY = np.dtype(  # 16 bytes
         ("pad", "<u1"),
     ]
 )
+POLICY_LINE = np.dtype(  # 64 bytes
+    [
+        ("tag", "<u8", (4,)),
+        ("expires_ns", "<u8", (4,)),
+    ]
+)
 LINE = np.dtype(  # 64 bytes
     [
         ("tag", "<u8", (4,)),
@@ -208,7 +220,7 @@ TALLY = np.dtype(  # 128 bytes
         ("last_ns", "<u8"),
         ("crowded", "<u8"),
         ("window", "<u8"),
-        ("pad", "<u8"),
+        ("claimed", "<u8"),
         ("recent", "<u8", (4,)),
         ("before", "<u8", (4,)),
     ]

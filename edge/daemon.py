@@ -43,7 +43,7 @@ from edge.core.match import Entries, scorable
 from edge.core.model import Decision, Entry, batch
 from edge.core.nesting import Key
 from edge.core.prefix import LENGTHS, Prefix
-from edge.core.reconcile import OPEN, Reconciler, differences
+from edge.core.reconcile import Reconciler, agreed, differences, present
 from edge.core.snapshot import Snapshot, delta
 from edge.core.step import Inputs, Outcome, State, adopt, step
 from edge.core.wanted import Backlog, Wanted
@@ -55,7 +55,7 @@ from edge.kernel.maps import Tables
 from edge.kernel.netlink import NoAnswerError
 from edge.kernel.nft import NftSets
 from edge.kernel.pins import Pins
-from edge.kernel.sockets import OpenConnections, open_connections, per_prefix
+from edge.kernel.sockets import open_connections, per_prefix
 from edge.metrics import Exporter, Metrics, SourceMetrics, TickTimes
 from edge.sources import Sources
 from edge.store import Store
@@ -130,6 +130,7 @@ class Daemon:
         self.failure: Exception | None = None  # why the daemon must end
         self.nft_in_sync = False
         self.state = State(config.core.reputation)
+        self.state.forgery.adopt({key: until_ns / 1e9 for key, until_ns in tables.forged.held.items()})
         self.operator = {entry.key: entry for entry in store.operator_entries()}
         self._fixed: tuple[Entry, ...] = ()
         self._fixed_until_s = math.inf  # when the first of them ends
@@ -237,16 +238,19 @@ class Daemon:
                 found.append(Saturated(service=service, prefix=prefix, admits_per_s=limit.rate_per_min / 60))
         return tuple(found)
 
-    def correct_open(self, reconciler: Reconciler, found: OpenConnections) -> None:
-        """Tell the kernel which of its counts of open connections the socket table contradicts."""
+    def open_differences(self, ports: Mapping[int, Service]) -> dict[tuple[Service, Prefix], int]:
+        """Where the kernel's socket table has other open connections than were counted. Blocks: for a thread."""
+        levels = (Level.L64, Level.L56, Level.L48, Level.L32)
+        before = [self.tables.connections.open(level) for level in levels]
+        found = open_connections(ports)
+        after = [self.tables.connections.open(level) for level in levels]
+        lower = present(before[0], per_prefix(found, Level.L64), found.listening)
         differing: dict[tuple[Service, Prefix], int] = {}
-        for level in (Level.L64, Level.L56, Level.L48, Level.L32):
-            known, counted = self.tables.connections.open(level), per_prefix(found, level)
-            actual = np.empty(len(counted), OPEN)
-            for name in ("hi", "service", "count"):
-                actual[name] = counted[name]
-            differing |= differences(known, actual, LENGTHS[level], found.listening)
-        self.tables.corrections.write(reconciler.observe(differing))
+        for level, earlier, later in zip(levels, before, after, strict=True):
+            actual = per_prefix(found, level)
+            both = [differences(known, actual, LENGTHS[level], lower) for known in (earlier, later)]
+            differing |= agreed(*both)
+        return differing
 
     def _mark_forged(self, forged: Mapping[tuple[Service, Prefix], float], flood_until_s: float) -> None:
         """Tell the kernel, and the log what is new or over."""
@@ -471,11 +475,11 @@ async def _reconcile(daemon: Daemon) -> None:
     reconciler = Reconciler()
     while True:
         try:
-            found = await asyncio.to_thread(open_connections, ports)
+            found = await asyncio.to_thread(daemon.open_differences, ports)
         except UnavailableError as error:
             log.error("open connections not compared", extra={"fields": {"error": error}})
         else:
-            daemon.correct_open(reconciler, found)
+            daemon.tables.corrections.write(reconciler.observe(found))
         await asyncio.sleep(RECONCILE_EVERY_S)
 
 

@@ -18,7 +18,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -52,9 +52,9 @@ class ForgeryParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         msgspec.Meta(
             gt=0,
             description="SYNs a second, admitted or challenged, from which the whole host counts as flooded when "
-            "hardly any becomes a connection. Postfix takes some hundred connections a second.",
+            "hardly any becomes a connection. Below that the kernel's own SYN cookies cost little.",
         ),
-    ] = 1000.0
+    ] = 20_000.0
     hold_s: Annotated[
         float,
         msgspec.Meta(
@@ -77,14 +77,22 @@ class Saturated:
 
 Key = tuple[Service, Prefix]
 
+LEAST_ADMITTED = 8.0
+"""Connections that a limit must have admitted before their share means anything: a slow one admits none in most
+ticks."""
+
 
 class Forgery:
     """Follows saturated prefixes from tick to tick."""
 
     def __init__(self) -> None:
-        self._ticks: dict[Key, int] = {}
+        self._followed: dict[Key, tuple[int, float, int]] = {}  # ticks, connections admitted, completed
         self._until_s: dict[Key, float] = {}
         self._flood_ticks, self._flood_until_s = 0, 0.0
+
+    def adopt(self, until_s: Mapping[Key, float]) -> None:
+        """Go on with what an earlier daemon had marked."""
+        self._until_s = dict(until_s)
 
     def observe(
         self,
@@ -96,17 +104,24 @@ class Forgery:
     ) -> dict[Key, float]:
         """The prefixes that count as forged now, and until when; `connections` (CONNECTIONS rows) came in the last
         `seconds`."""
-        followed: dict[Key, int] = {}
+        followed: dict[Key, tuple[int, float, int]] = {}
+        done = _Done(connections)
         kept = {key: until for key, until in self._until_s.items() if until > now_s}
         for one in saturated:
             key = one.service, one.prefix
-            done = _completed(connections, one, newcomers=key in kept)
-            if seconds <= 0 or done >= params.completed_share * one.admits_per_s * seconds:
+            if seconds <= 0:
                 continue
-            followed[key] = self._ticks.get(key, 0) + 1
-            if key in kept or followed[key] >= params.ticks:
-                kept[key] = now_s + params.hold_s
-        self._ticks, self._until_s = followed, kept
+            ticks, admitted, completed = self._followed.get(key, (0, 0.0, 0))
+            ticks, admitted = ticks + 1, admitted + one.admits_per_s * seconds
+            completed += done.of(one, newcomers=key in kept)
+            if admitted >= LEAST_ADMITTED:
+                if completed >= params.completed_share * admitted:
+                    continue
+                if key in kept or ticks >= params.ticks:
+                    kept[key] = now_s + params.hold_s
+                    admitted, completed = 0.0, 0  # what follows is counted for itself
+            followed[key] = ticks, admitted, completed
+        self._followed, self._until_s = followed, kept
         return dict(kept)
 
     def observe_all(
@@ -126,13 +141,21 @@ class Forgery:
         return self._flood_until_s if self._flood_until_s > now_s else 0.0
 
 
-def _completed(connections: np.ndarray, one: Saturated, *, newcomers: bool) -> int:
-    """Handshakes of one prefix; of its newcomers alone, where it has any children to be new."""
-    level = one.prefix.level
-    own = connections[
-        (connections["hi"] == np.uint64(one.prefix.hi))
-        & (connections["level"] == level)
-        & (connections["service"] == one.service)
-    ]
-    children = not (one.prefix.ipv4 and level is Level.L64)
-    return int(own["newcomers" if newcomers and children else "completed"].sum())
+class _Done:
+    """The handshakes of one tick, by prefix; sorted when the first is asked for."""
+
+    def __init__(self, connections: np.ndarray) -> None:
+        self._rows = connections
+        self._at: dict[tuple[int, ...], int] | None = None
+
+    def of(self, one: Saturated, *, newcomers: bool) -> int:
+        """Handshakes of one prefix; of its newcomers alone, where it has any children to be new."""
+        if self._at is None:
+            names = (self._rows[name].tolist() for name in ("service", "level", "hi"))
+            self._at = {key: row for row, key in enumerate(zip(*names, strict=True))}
+        level = one.prefix.level
+        row = self._at.get((int(one.service), int(level), one.prefix.hi)) if level is not None else None
+        if row is None:
+            return 0
+        children = not (one.prefix.ipv4 and level is Level.L64)
+        return int(self._rows["newcomers" if newcomers and children else "completed"][row])

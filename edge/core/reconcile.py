@@ -13,7 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -34,11 +34,11 @@ Key = tuple[Service, Prefix]
 
 
 def differences(known: np.ndarray, actual: np.ndarray, length: int, lower: Collection[Service]) -> dict[Key, int]:
-    """What is actually open less what is known to be, by prefix (OPEN rows of one level); zeros are left out.
+    """What is actually open less what is known to be, by prefix; zeros are left out.
 
-    Where less is open than is known, only for services in `lower`.
+    Both have the fields of OPEN, of one level. Where less is open than is known, only for services in `lower`.
     """
-    both = np.concatenate([known, actual])
+    both = np.concatenate([_columns(known), _columns(actual)])
     signs = np.repeat([-1, 1], [len(known), len(actual)])
     order = np.lexsort((both["hi"], both["service"]))
     both, signs = both[order], signs[order]
@@ -56,6 +56,35 @@ def differences(known: np.ndarray, actual: np.ndarray, length: int, lower: Colle
         (Service(int(row["service"])), Prefix(int(row["hi"]), 0, length)): int(by)
         for row, by in zip(rows[largest], sums[largest], strict=True)
     }
+
+
+def _columns(rows: np.ndarray) -> np.ndarray:
+    found = np.empty(len(rows), OPEN)
+    for name in OPEN.names or ():
+        found[name] = rows[name]
+    return found
+
+
+def agreed(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, int]:
+    """What two comparisons say alike, one with the counts before the socket table was read, one with those after."""
+    return {
+        key: by if abs(by) < abs(other[key]) else other[key] for key, by in one.items() if by * other.get(key, 0) > 0
+    }
+
+
+def present(known: np.ndarray, actual: np.ndarray, listening: Collection[Service]) -> frozenset[Service]:
+    """The services whose connections are in this socket table: somebody listens, and it has half of them at least.
+
+    A proxy of containers listens here for connections that end elsewhere.
+    """
+    totals = {
+        service: (
+            known["count"][known["service"] == service].sum(),
+            actual["count"][actual["service"] == service].sum(),
+        )
+        for service in listening
+    }
+    return frozenset(service for service, (counted, found) in totals.items() if 2 * found >= counted)
 
 
 class Reconciler:

@@ -43,7 +43,7 @@ class Snapshot:
     open: np.ndarray  # int64 (SERVICES,): connections open now
     uncounted: np.ndarray  # int64 (LEVELS,): connections for which a level had no room, ever
     rows_active: np.ndarray  # int64 (LEVELS,): rows whose arrival time lies ahead
-    limited: np.ndarray  # LIMITED rows, of each level those furthest ahead
+    limited: np.ndarray  # LIMITED rows, of each level those least far ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

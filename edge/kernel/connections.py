@@ -67,8 +67,8 @@ class Connections:
         rows = self._rows[at]
         at, rows = at[rows["tag"] & np.uint64(HELD) != 0], rows[rows["tag"] & np.uint64(HELD) != 0]
         same = rows["tag"] == self._tags[at]
-        completed = np.where(same, rows["completed"] - self._completed[at], rows["completed"])
-        newcomers = np.where(same, rows["newcomers"] - self._newcomers[at], rows["newcomers"])
+        completed = _more(rows["completed"], self._completed[at], same)
+        newcomers = _more(rows["newcomers"], self._newcomers[at], same)
         self._tags[at], self._completed[at], self._newcomers[at] = rows["tag"], rows["completed"], rows["newcomers"]
         levels = self._levels[at]
         wanted = (levels != Level.L128) if not first else np.zeros(len(at), bool)
@@ -124,3 +124,8 @@ class Connections:
         levels = self._levels[at]
         sets = at.astype(np.uint64) // np.uint64(TALLIES_PER_SET) - bases[levels]
         return unmix(tags & ~masks[levels] | sets) ^ np.uint64(self._seed)
+
+
+def _more(now: np.ndarray, before: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """What was counted since: all of it where the row is another prefix's, or was given away and came back."""
+    return np.where(same & (now >= before), now - before, now)

@@ -10,7 +10,7 @@
 
 __u64 siphash_of(const __u64 *key, const __u64 *words)
 {
-	return siphash(key, words[0], words[1], words[2], words[3], words[4]);
+	return siphash(key, words);
 }
 
 /* The answer to a frame, written to `answered` (as long as the frame): its length, or 0 if there is none. */

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from edge.abi import REASONS, Level, Reason, Service
+from edge.abi import REASONS, Level, Reason, Service, Standing
+from edge.config import Config
 from edge.core.forgery import Forgery, ForgeryParams, Saturated
 from edge.core.model import batch
 from edge.core.prefix import Prefix
@@ -109,7 +111,7 @@ def flooded(forgery: Forgery, now_s: float, passed: int, challenged: int, comple
 
 def test_a_flood_from_everywhere_is_noticed_and_ends() -> None:
     forgery = Forgery()
-    found = [bool(flooded(forgery, now, 997, 7, 501)) for now in (1.0, 2.0, 3.0, 4.0)]
+    found = [bool(flooded(forgery, now, 19_997, 7, 10_001)) for now in (1.0, 2.0, 3.0, 4.0)]
     assert found == [False, False, True, True]
     # what is challenged now does not pass; who answers completes
     assert flooded(forgery, 5.0, 101, 100_003, 101) == 5.0 + PARAMS.hold_s
@@ -120,14 +122,14 @@ def test_a_flood_from_everywhere_is_noticed_and_ends() -> None:
 def test_a_busy_hour_is_no_flood() -> None:
     forgery = Forgery()
     assert not any(flooded(forgery, float(now), 100_003, 0, 50_003) for now in range(17))
-    assert not any(flooded(forgery, float(now), 997, 0, 0) for now in range(17, 31))  # too few to matter
+    assert not any(flooded(forgery, float(now), 19_997, 0, 0) for now in range(17, 31))  # too few to matter
 
 
 def test_bounded() -> None:
     watch = Watch()
     for n in range(1009):
         watch.tick(0, prefix=Prefix(n << 16, 0, 48))
-    assert len(watch.forgery._ticks) == 1
+    assert len(watch.forgery._followed) == 1
     assert not watch.forgery._until_s
 
 
@@ -151,3 +153,59 @@ def _step(world: World) -> Outcome:
         saturated=(saturated(),),
     )
     return step(world.state, inputs, world.now_s, world.params)
+
+
+def test_a_late_tick_expects_as_many_more() -> None:
+    """Ten seconds at ten a second: 40 handshakes are few, 60 are not."""
+    for completed, expected in ((40, True), (60, False)):
+        forgery, now_s = Forgery(), 100.0
+        for _ in range(3):
+            now_s += 10.0
+            marked = forgery.observe((saturated(),), handshakes(completed), 10.0, now_s, PARAMS)
+        assert bool(marked) == expected
+
+
+def test_no_time_passed_says_nothing() -> None:
+    forgery = Forgery()
+    assert not any(forgery.observe((saturated(),), handshakes(0), 0.0, 100.0, PARAMS) for _ in range(5))
+
+
+def test_one_more_tick_renews_it() -> None:
+    """A forger who stops before the mark ends gets no free turn when it begins again."""
+    watch = Watch()
+    for _ in range(3):
+        watch.tick(0)
+    for _ in range(7):
+        for _ in range(7):
+            watch.tick(0, spent=False)
+        assert watch.tick(0)[Service.MX, SPENT] == watch.now_s + PARAMS.hold_s
+
+
+def test_a_flood_counts_what_no_row_counts() -> None:
+    forgery = Forgery()
+    counters = np.zeros((REASONS, 2), np.uint64)
+    counters[Reason.UNTRACKED, 0] = 20_011
+    none = np.zeros(0, CONNECTIONS)
+    assert [bool(forgery.observe_all(counters, none, 1.0, now, PARAMS)) for now in (1.0, 2.0, 3.0)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_flood_is_so_many_a_second() -> None:
+    forgery = Forgery()
+    counters = np.zeros((REASONS, 2), np.uint64)
+    counters[Reason.CONFORMING, 0] = 9973  # in ten seconds
+    none = np.zeros(0, CONNECTIONS)
+    assert not any(forgery.observe_all(counters, none, 10.0, float(now), PARAMS) for now in range(10, 170, 10))
+
+
+@pytest.mark.parametrize("standing", [Standing.SUSPECT, Standing.BAD])
+def test_a_sender_at_its_slow_limit_is_not_forged(standing: Standing) -> None:
+    """It completes every connection it is admitted for: one in six seconds, one in five minutes."""
+    limit = Config().limits.of(Service.MX, standing, Level.L64)
+    forgery, every = Forgery(), round(60 / limit.rate_per_min)
+    one = Saturated(service=Service.MX, prefix=SPENT, admits_per_s=limit.rate_per_min / 60)
+    for tick in range(1009):
+        assert not forgery.observe((one,), handshakes(int(tick % every == 0)), 1.0, 100.0 + tick, PARAMS)

@@ -8,7 +8,7 @@ import numpy as np
 
 from edge.abi import Service
 from edge.core.prefix import Prefix
-from edge.core.reconcile import MOST, OPEN, Reconciler, differences
+from edge.core.reconcile import MOST, OPEN, Reconciler, agreed, differences, present
 
 SEED = 20265
 HERE = (Service.MX, Service.SUBMISSION)
@@ -79,3 +79,46 @@ def test_a_count_is_lowered_after_three_readings() -> None:
     reconciler = Reconciler()
     steps = [{KEY: -5}, {KEY: -4}, {KEY: -6}, {KEY: 1}, {KEY: -6}, {KEY: -6}, {KEY: -6}]
     assert [reconciler.observe(step).get(KEY, 0) for step in steps] == [0, 0, -4, 0, 0, 0, -6]
+
+
+def test_a_correction_ends_with_what_it_corrects() -> None:
+    """Connections that were there before us end one by one; what is closed is not counted once more."""
+    reconciler = Reconciler()
+    assert [reconciler.observe({KEY: left} if left else {}) for left in (5, 3, 0, 0)] == [{KEY: 5}, {KEY: 3}, {}, {}]
+
+
+def test_nothing_is_raised_after_the_first_reading_without_a_second() -> None:
+    reconciler = Reconciler()
+    assert reconciler.observe({}) == {}
+    assert reconciler.observe({KEY: 5}) == {}
+    assert reconciler.observe({KEY: 7}) == {KEY: 5}
+
+
+def test_a_sign_that_changes_corrects_nothing() -> None:
+    reconciler = Reconciler()
+    for by in (-5, 5, -5, 5, -5, -5):
+        assert reconciler.observe({KEY: by}) in ({}, {KEY: 5})
+    assert reconciler.observe({KEY: -3}) == {KEY: -3}
+
+
+def test_services_are_bounded_together_and_the_largest_stay() -> None:
+    """Somebody with many small differences pushes no large one out."""
+    many = rows(*((Prefix(n, 0, 64), Service.SUBMISSION, 1) for n in range(2 * MOST)))
+    found = differences(rows((A, Service.MX, 97)), np.concatenate([many, rows((B, Service.MX, 89))]), 64, HERE)
+    assert found[Service.MX, A] == -97
+    assert found[Service.MX, B] == 89
+    assert len(found) == MOST
+
+
+def test_what_changed_while_the_table_was_read_is_no_difference() -> None:
+    """Counted before and after: what only one of the two comparisons sees came or went meanwhile."""
+    other = (Service.MX, B)
+    assert agreed({KEY: 5, other: -3}, {KEY: 3, other: -4}) == {KEY: 3, other: -3}
+    assert agreed({KEY: 5, other: 2}, {KEY: -1}) == {}
+
+
+def test_a_proxys_listener_lowers_nothing() -> None:
+    known = rows((A, Service.MX, 7), (A, Service.SUBMISSION, 7))
+    actual = rows((A, Service.MX, 3), (B, Service.SUBMISSION, 4))
+    assert present(known, actual, HERE) == {Service.SUBMISSION}
+    assert present(rows(), rows(), (Service.MX,)) == {Service.MX}
