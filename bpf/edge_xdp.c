@@ -96,13 +96,36 @@ INLINE int may_have_entry(u64 mixed, u32 level, u32 service)
 	return !word || *word & (1ull << (bit & 63));
 }
 
+/* The entry of a prefix at a level's length: from its line, or, if it found no room there, from the hash. */
+INLINE int find_entry(struct policy_key *key, u64 mixed, u32 level, struct policy_entry *found)
+{
+	u32 index = (u32)(mixed & (EDGE_POLICY_LINES - 1));
+	struct policy_entry *entry;
+	struct policy_line *line;
+
+	line = policy_lines.lookup(&index);
+	if (!line)
+		return 0;
+	if (find_in_line(line, policy_tag(mixed, EDGE_POLICY_LINES - 1, level, key->service), found))
+		return 1;
+	if (!(line->tag[0] >> POLICY_MORE_SHIFT & 1))
+		return 0;
+	entry = policy.lookup(key);
+	if (!entry)
+		return 0;
+	*found = *entry;
+	return 1;
+}
+
 /* The longest match decides between pass, block and limit; each level's own standing chooses its limit;
  * GOOD and ALLOW cut the chain, so that shorter levels are neither asked nor charged. */
-INLINE void match_policy(u64 now, u64 seed, const struct control *settings, struct asked *asked, struct verdict *out)
+INLINE void match_policy(u64 now, u64 seed, const struct control *settings, struct scratch *working,
+			 struct verdict *out)
 {
 	int dead = settings->heartbeat_ns + settings->heartbeat_grace_ns < now &&
 		   !(settings->flags & CONTROL_DEAD_KEEPS_BLOCKS);
-	struct policy_entry *range = NULL, *entry;
+	struct policy_entry *range = NULL, *entry = &working->entry;
+	struct asked *asked = working->asked;
 	struct policy_key key = {};
 	u32 range_length = 0;
 
@@ -149,8 +172,7 @@ INLINE void match_policy(u64 now, u64 seed, const struct control *settings, stru
 		if (!(settings->policy_levels & (1 << level)) ||
 		    !may_have_entry(asked[level].mixed, level, out->service))
 			continue;
-		entry = policy.lookup(&key);
-		if (!entry || !in_force(entry, now, dead))
+		if (!find_entry(&key, asked[level].mixed, level, entry) || !in_force(entry, now, dead))
 			continue;
 		if (decide(entry, level, level_length(level), out))
 			return;
@@ -166,106 +188,148 @@ INLINE void match_policy(u64 now, u64 seed, const struct control *settings, stru
 		decide(range, LEVELS, range_length, out);
 }
 
-/* Find the line and the limit of every level. 0 if a map is missing. A level that is not asked gets the
- * first line of its region, which stays in the cache. */
+/* The time, read once a tick: exact reading costs as much as the rest of a decision. It never runs ahead, and is good
+ * enough for what expires, and to refuse whoever is far beyond a limit. */
+INLINE u64 tick_clock(struct scratch *working)
+{
+	u64 tick = bpf_jiffies64();
+
+	if (working->tick != tick) {
+		working->tick = tick;
+		working->tick_ns = bpf_ktime_get_ns();
+	}
+	return working->tick_ns;
+}
+
+/* The levels at which a source has state, a bit each. */
+INLINE u64 levels_with_state(const struct verdict *out)
+{
+	u64 levels = (1ull << (out->cut & 7)) - 1;
+
+	/* /128 state exists for explicit entries only; IPv4 has no /128 and nothing above its /16 */
+	levels &= ~(is_zero(out->standing[LEVEL_128]) << LEVEL_128);
+	return levels & ~((out->ipv4 & 1) * (1ull << LEVEL_128 | 1ull << LEVEL_32));
+}
+
+/* Find the line and the limit of every level. 0 if a map is missing. Lines are asked for before anybody looks at
+ * one: the misses of cold ones then overlap. */
 INLINE int prepare(const struct verdict *out, struct asked *asked, struct place *places)
 {
-	const struct limit *limit;
-	u64 mixed, use;
-	u32 index;
+	u64 levels = levels_with_state(out);
 
 #pragma unroll
 	for (u32 level = 0; level < LEVELS; level++) {
-		u64 standing = out->standing[level] & 3;
+		u32 index = ((out->service & 1) * STANDINGS + (out->standing[level] & 3)) * LEVELS + level;
+		u64 mixed = asked[level].mixed;
+		const struct limit *limit;
+		struct line *line;
 
-		use = less(level, out->cut);
-		/* /128 state exists for explicit entries only; IPv4 has no /128 and nothing above its /16 */
-		if (level == LEVEL_128)
-			use &= is_zero(standing) ^ 1;
-		if (level == LEVEL_128 || level == LEVEL_32)
-			use &= is_zero(out->ipv4);
-		index = ((out->service & 1) * STANDINGS + standing) * LEVELS + level;
 		limit = limits.lookup(&index);
-		if (!limit)
+		index = level_base(level) + (u32)(mixed & level_mask(level));
+		line = rows.lookup(&index);
+		if (!limit || !line)
 			return 0;
-		asked[level].open = limit->open & -use;
-		use &= is_zero(limit->emission_interval_ns) ^ 1;
 		places[level].limit = limit;
-		asked[level].use = use;
-		index = level_base(level);
-		if (use) {
-			mixed = asked[level].mixed;
-			index += (u32)(mixed & level_mask(level));
-			asked[level].tag = row_tag(mixed, level_mask(level), out->service & 1);
-		}
-		places[level].line = rows.lookup(&index);
-		if (!places[level].line)
-			return 0;
+		places[level].line = line;
+		asked[level].use = 0;
+		asked[level].open = 0;
+		asked[level].row.next = 0;
+		if (!(levels >> level & 1))
+			continue;
+		asked[level].open = limit->open;
+		if (!limit->emission_interval_ns)
+			continue;
+		asked[level].use = 1;
+		asked[level].tag = row_tag(mixed, level_mask(level), out->service & 1);
+		(void)*(volatile u64 *)&line->tat_ns[0];
 	}
 	return 1;
 }
 
-/* Ask all levels, shortest first, writing nothing. The level that refuses, or LEVELS. `no_room` is 1 if
- * levels were asked and none can keep count. */
-INLINE u32 ask(struct asked *asked, struct place *places, u64 now, u64 *no_room)
+/* Find every level's row, shortest prefix first. The level that refuses whatever the exact time is, or LEVELS. */
+INLINE u32 find_rows(struct asked *asked, struct place *places, u64 now, volatile struct found *found)
 {
-	u64 base, exceeded, wanted = 0, room = 0;
-
+	found->doubt = 0;
 #pragma unroll
 	for (int level = LEVELS - 1; level >= 0; level--) {
-		struct asked *one = &asked[level];
-		struct place *at = &places[level];
+		const struct limit *limit = places[level].limit;
+		volatile struct row *row = &asked[level].row;
 
-		if (!one->use)
+		if (!asked[level].use)
 			continue;
-		find_row(at->line, one->tag, tag_bits(level_mask(level)), now, &one->row);
-		base = gcra_base(one->row.tat, now, at->limit);
-		/* a row that is not held is free or of no concern: it refuses nothing */
-		exceeded = gcra_exceeds(base, now, at->limit) & one->row.held;
-		if (exceeded)
+		find_row(places[level].line, asked[level].tag, row);
+		if (!row->held || row->tat <= now + limit->burst_tolerance_ns)
+			continue;
+		if (!found->doubt && gcra_is_spent(row->tat, now, limit))
 			return level;
-		wanted = 1;
-		room |= one->row.usable;
+		/* by the exact time this level may refuse; then no longer one is asked */
+		found->doubt = 1;
 	}
-	*no_room = wanted & (room ^ 1);
 	return LEVELS;
 }
 
-/* Charge every level asked, shortest first; on a lost race give all back. 1 if all were charged. */
-INLINE int charge(struct asked *asked, struct place *places, u64 now)
+/* Ask all levels by the exact time, shortest first, writing nothing shared. The level that refuses, or LEVELS. */
+INLINE u32 ask(struct asked *asked, struct place *places, u64 now, volatile struct found *found)
 {
-	u64 charged = 0, lost = 0;
-
+	found->asked = 0;
+	found->room = 0;
 #pragma unroll
 	for (int level = LEVELS - 1; level >= 0; level--) {
-		struct asked *one = &asked[level];
-		struct place *at = &places[level];
-		u64 way = one->row.way & 3, won;
+		const struct limit *limit = places[level].limit;
+		volatile struct row *row = &asked[level].row;
 
-		if (!(one->use & one->row.usable & (lost ^ 1)))
+		if (!asked[level].use)
 			continue;
-		won = __sync_val_compare_and_swap(&at->line->tat_ns[way], one->row.tat,
-						  gcra_base(one->row.tat, now, at->limit) +
-							  at->limit->emission_interval_ns);
-		won = is_zero(won ^ one->row.tat);
-		lost |= won ^ 1;
-		charged |= won << level;
+		found->asked = 1;
+		row->next = 0;
+		/* a row that is not held is free or of no concern: it refuses nothing */
+		if (!row->held && row->tat > now)
+			continue;
+		row->next = gcra_charge(row->tat, now, limit);
+		if (!row->next)
+			return level;
+		found->room = 1;
+	}
+	return LEVELS;
+}
+
+/* Give back what was charged at the levels before `lost`. */
+INLINE void give_back(struct asked *asked, struct place *places, u64 lost)
+{
+#pragma unroll
+	for (u64 level = 0; level < LEVELS; level++) {
+		struct row *row = &asked[level].row;
+
+		if (level > lost && row->next)
+			__sync_fetch_and_add(&places[level].line->tat_ns[row->way & 3],
+					     -places[level].limit->emission_interval_ns);
+	}
+}
+
+/* Charge every level asked, shortest first; on a lost race give all back. 1 if all were charged. */
+INLINE int charge(struct asked *asked, struct place *places, volatile struct found *found)
+{
+	found->lost = LEVELS;
+#pragma unroll
+	for (int level = LEVELS - 1; level >= 0; level--) {
+		struct row *row = &asked[level].row;
+		struct line *line = places[level].line;
+		u64 way = row->way & 3;
+
+		if (!row->next)
+			continue;
+		if (__sync_val_compare_and_swap(&line->tat_ns[way], row->tat, row->next) != row->tat) {
+			found->lost = level;
+			break;
+		}
 		/* A claimed row belongs to its new owner from here on. Another CPU that still sees the old
 		 * tag may charge the old prefix's connection to it: at most one a CPU, as promised. */
-		if (won & (one->row.held ^ 1))
-			*(volatile u64 *)&at->line->tag[way] = one->tag;
+		if (!row->held)
+			*(volatile u64 *)&line->tag[way] = asked[level].tag;
 	}
-	if (!lost)
+	if (found->lost == LEVELS)
 		return 1;
-#pragma unroll
-	for (int level = LEVELS - 1; level >= 0; level--) {
-		struct asked *one = &asked[level];
-		struct place *at = &places[level];
-
-		if (charged & (1 << level))
-			__sync_fetch_and_add(&at->line->tat_ns[one->row.way & 3],
-					     -at->limit->emission_interval_ns);
-	}
+	give_back(asked, places, found->lost);
 	return 0;
 }
 
@@ -289,16 +353,23 @@ INLINE void read_tally(u32 level, u64 mixed, u64 service, u64 *open, u64 *known)
 	}
 }
 
-/* The shortest level asked at which as many connections are open as its limit allows, or LEVELS. */
+/* The shortest level asked at which as many connections are open as its limit allows, or LEVELS. Suspect and bad
+ * senders, who may have few, are always looked at, the others only where the map `crowded` says so. */
 INLINE u32 crowded_level(const struct asked *asked, const struct verdict *out)
 {
 	struct policy_key key = { .service = out->service };
 	struct crowded_levels *levels;
-	u32 zero = 0, refused = LEVELS;
+	u32 zero = 0, refused = LEVELS, tight;
 
+	/* SUSPECT and BAD have this bit, NEW and GOOD have not */
+	tight = (out->standing[LEVEL_128] | out->standing[LEVEL_64] | out->standing[LEVEL_56] |
+		 out->standing[LEVEL_48] | out->standing[LEVEL_32]) &
+		STANDING_SUSPECT;
 	levels = crowded_levels.lookup(&zero);
-	if (!levels || !(levels->prefixes[LEVEL_128] | levels->prefixes[LEVEL_64] | levels->prefixes[LEVEL_56] |
-			 levels->prefixes[LEVEL_48] | levels->prefixes[LEVEL_32]))
+	if (!levels)
+		return LEVELS;
+	if (!tight && !(levels->prefixes[LEVEL_128] | levels->prefixes[LEVEL_64] | levels->prefixes[LEVEL_56] |
+			levels->prefixes[LEVEL_48] | levels->prefixes[LEVEL_32]))
 		return LEVELS;
 #pragma unroll
 	for (u32 level = 0; level < LEVELS; level++) {
@@ -309,7 +380,7 @@ INLINE u32 crowded_level(const struct asked *asked, const struct verdict *out)
 		if (!most)
 			continue;
 		marked = crowded.lookup(&slot);
-		if (!marked || !*marked)
+		if (!(out->standing[level] & STANDING_SUSPECT) && (!marked || !*marked))
 			continue;
 		key.hi = level_hi(out->hi, level);
 		key.lo = level == LEVEL_128 ? out->lo : 0;
@@ -371,16 +442,15 @@ INLINE int charge_shared(u64 now, const struct control *settings)
 {
 	struct limit limit = { .emission_interval_ns = settings->untracked_interval_ns,
 			       .burst_tolerance_ns = settings->untracked_tolerance_ns };
-	u64 *tat, before, base;
+	u64 *tat, before, after;
 	u32 zero = 0;
 
 	tat = untracked.lookup(&zero);
 	if (!tat)
 		return 1;
 	before = *(volatile u64 *)tat;
-	base = gcra_base(before, now, &limit);
-	return !gcra_exceeds(base, now, &limit) &&
-	       __sync_val_compare_and_swap(tat, before, base + limit.emission_interval_ns) == before;
+	after = gcra_charge(before, now, &limit);
+	return after && __sync_val_compare_and_swap(tat, before, after) == before;
 }
 
 /* No level has room for this prefix: a verified sender passes, the others share one counted budget. */
@@ -419,11 +489,11 @@ INLINE int is_stranger(u64 now, u64 seed, const struct control *settings, const 
 	return !known && !(is_late_retransmission(&working->plain, seed, now) && charge_shared(now, settings));
 }
 
-INLINE u32 limit_rate(u64 now, u64 seed, const struct control *settings, struct scratch *working, struct verdict *out)
+INLINE u32 limit_rate(u64 now, u64 seed, int recorded, const struct control *settings, struct scratch *working,
+		      struct verdict *out)
 {
 	struct asked *asked = working->asked;
 	struct place places[LEVELS];
-	u64 untracked_only;
 	u32 refused;
 
 	if (!prepare(out, asked, places))
@@ -435,27 +505,28 @@ INLINE u32 limit_rate(u64 now, u64 seed, const struct control *settings, struct 
 		out->length = level_length(refused);
 		return REASON_OPEN_128 + refused;
 	}
-	/* Ask for every line before looking at any: the misses of cold lines then overlap. */
-#pragma unroll
-	for (u32 level = 0; level < LEVELS; level++)
-		(void)*(volatile u64 *)&places[level].line->tat_ns[0];
 #pragma nounroll
 	for (u64 attempt = 0; attempt < MAX_ATTEMPTS; attempt++) {
-		refused = ask(asked, places, now, &untracked_only);
+		refused = find_rows(asked, places, now, &working->found);
+		if (refused == LEVELS) {
+			if (!recorded)
+				out->now_ns = bpf_ktime_get_ns();
+			now = *(volatile u64 *)&out->now_ns;
+			refused = ask(asked, places, now, &working->found);
+		}
 		if (refused < LEVELS) {
 			out->length = level_length(refused);
 			return REASON_LIMIT_128 + refused;
 		}
-		if (untracked_only)
+		if (working->found.asked && !working->found.room)
 			return judge_untracked(now, seed, settings, out);
-		if (charge(asked, places, now))
+		if (charge(asked, places, &working->found))
 			return out->cut < LEVELS ? REASON_CONFORMING_GOOD : REASON_CONFORMING;
 	}
 	return REASON_RACE_LOST;
 }
 
-/* From a SYN to the reason it passes or is refused for. The clock is read late: it costs as much as
- * everything before it, and most SYNs of a busy host go to other ports. */
+/* From a SYN to the reason it passes or is refused for. */
 INLINE u32 judge(struct xdp_md *ctx, const struct packet *packet, int recorded, const struct control *settings,
 		 struct verdict *out)
 {
@@ -489,22 +560,23 @@ INLINE u32 judge(struct xdp_md *ctx, const struct packet *packet, int recorded, 
 	    (packet->ipv4 ? ipv4_is_private((u32)packet->source_lo) :
 			    ipv6_is_private(packet->source_hi, packet->source_lo)))
 		return REASON_EXEMPT;
-	now = recorded ? out->now_ns : bpf_ktime_get_ns();
-	out->now_ns = now;
 	made = identity.lookup(&zero);
 	working = scratch.lookup(&zero);
 	if (!made || !working)
 		return REASON_INTERNAL;
-	match_policy(now, made->seed, settings, working->asked, out);
+	now = recorded ? out->now_ns : tick_clock(working);
+	out->now_ns = now;
+	match_policy(now, made->seed, settings, working, out);
 	if (out->reason != REASON_INTERNAL)
 		return out->reason;
+	/* through the map, so that the verifier forgets which of many ways led here */
+	now = *(volatile u64 *)&out->now_ns;
 	flood = settings->flood_until_ns > now;
 	working->is_plain = (flood || settings->forged_levels) && settings->flags & CONTROL_CHALLENGE &&
 			    is_plain((void *)(long)ctx->data, (void *)(long)ctx->data_end, &working->plain);
 	if (flood && working->is_plain && is_stranger(now, made->seed, settings, working, out))
 		return REASON_CHALLENGED;
-	/* through the map, so that the verifier forgets which of many ways led here */
-	out->reason = limit_rate(now, made->seed, settings, working, out);
+	out->reason = limit_rate(now, made->seed, recorded, settings, working, out);
 	reason = *(volatile u32 *)&out->reason;
 	if (working->is_plain && reason >= REASON_LIMIT_128 && reason <= REASON_LIMIT_32)
 		reason = refuse_or_challenge(reason, now, made->seed, settings, working, out);

@@ -17,21 +17,30 @@
  * much further ahead than the limit allows was still charged under it. */
 #define CLOCK_SLACK_NS 1000000000ull
 
-/* From where the next arrival is counted. A TAT further ahead than this limit can put it was charged
- * under a tighter limit (a bad prefix that was released): such a row starts with its burst spent
- * instead of serving the old sentence. */
-INLINE __u64 gcra_base(__u64 tat, __u64 now, const struct limit *limit)
+/* By how much the clock that is read once a tick may lag: two ticks at HZ=100, the slowest there is. Should it lag
+ * more (the CPU that keeps the time is paused), prefixes are refused for as much longer. */
+#define TICK_NS 20000000ull
+
+/* What a connection now makes of a TAT; 0: it exceeds the limit. A TAT further ahead than this limit can put it was
+ * charged under a tighter one (a bad prefix that was released): such a row starts with its burst spent instead of
+ * serving the old sentence. */
+INLINE __u64 gcra_charge(__u64 tat, __u64 now, const struct limit *limit)
 {
 	__u64 spent = now + limit->burst_tolerance_ns;
-	__u64 base = larger(tat, now);
 
-	return choose(less(spent + limit->emission_interval_ns + CLOCK_SLACK_NS, base), spent, base);
+	if (tat <= spent)
+		return larger(tat, now) + limit->emission_interval_ns;
+	if (tat <= spent + limit->emission_interval_ns + CLOCK_SLACK_NS)
+		return 0;
+	return spent + limit->emission_interval_ns;
 }
 
-/* 1 if a connection now would exceed the limit. */
-INLINE __u64 gcra_exceeds(__u64 base, __u64 now, const struct limit *limit)
+/* 1 if a connection at any time from `now` to a tick later would exceed the limit. */
+INLINE int gcra_is_spent(__u64 tat, __u64 now, const struct limit *limit)
 {
-	return less(now + limit->burst_tolerance_ns, base);
+	__u64 spent = now + limit->burst_tolerance_ns;
+
+	return tat > spent + TICK_NS && tat <= spent + limit->emission_interval_ns + CLOCK_SLACK_NS;
 }
 
 #endif

@@ -29,12 +29,17 @@ EDGE_MAP("array", u32, u8, services, 65536, 0);
  * program. Full: the daemon refuses the configuration. */
 EDGE_MAP("hash", struct address, u8, destinations, 4096, 0);
 
-/* policy: entries at the levels' lengths. Writer: daemon. Reader: program, by longest match. Full: the
- * daemon keeps what is there, counts and logs what found no room; nothing is lost in nftables. */
+/* policy: entries at the levels' lengths, the record of what is installed. Writer: daemon. Readers: daemon; program,
+ * for entries that found no room in their line. Full: the daemon keeps what is there, counts and logs what found
+ * no room; nothing is lost in nftables. */
 EDGE_MAP("hash", struct policy_key, struct policy_entry, policy, EDGE_POLICY_ENTRIES, 0);
 
+/* policy_lines: the same entries where a packet finds them with one cache line. Writer: daemon, through a mapping.
+ * Reader: program. Full (more than four in a line): the rest is looked up in `policy`. */
+EDGE_MAP("array", u32, struct policy_line, policy_lines, EDGE_POLICY_LINES, BPF_F_MMAPABLE);
+
 /* policy_filter: one bit for each mixed key and service at which a level may have an entry, EDGE_FILTER_BITS
- * a level. A clear bit saves the hash lookup, five times what the bit costs. Writer: daemon, through a
+ * a level. A clear bit saves the look at a line, which is likely cold. Writer: daemon, through a
  * mapping; a bit is set before its entry is written and cleared after the last entry under it is gone.
  * Reader: program. Full: more lookups, no wrong answer. */
 EDGE_MAP("array", u32, u64, policy_filter, LEVELS * (EDGE_FILTER_BITS / 64), BPF_F_MMAPABLE);
@@ -120,8 +125,18 @@ struct asked {
 	u64 open;	/* most open connections; 0: not asked */
 	struct row row;
 };
+struct found {
+	u64 doubt;	/* 1: the clock that is read once a tick does not say whether some level refuses */
+	u64 asked;	/* 1: some level's rate was asked */
+	u64 room;	/* 1: and some level keeps count of it */
+	u64 lost;	/* the level whose row another CPU changed first, or LEVELS */
+};
 struct scratch {
 	struct asked asked[LEVELS];
+	struct found found;
+	struct policy_entry entry;	/* the one found last */
+	u64 tick;	/* when `tick_ns` was read, in jiffies */
+	u64 tick_ns;	/* CLOCK_MONOTONIC */
 	struct plain plain;	/* what a challenge needs of the frame */
 	u64 is_plain;
 };

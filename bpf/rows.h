@@ -38,45 +38,77 @@ INLINE __u64 mixed_key(__u64 hi, __u64 lo, __u64 seed)
 #define ROW_OF_VERIFIED 2ull
 #define ROW_OF_PROVED 4ull
 
-/* Tag bits that tell rows of one line apart, for a level of `line_mask` + 1 lines. */
-INLINE __u64 tag_bits(__u64 line_mask)
-{
-	return ~line_mask | ROW_OF_PROVED | ROW_OF_VERIFIED | 1;
-}
-
+/* Bits that the line's index holds are 0, but for the service and which of the prefix's rows it is. */
 INLINE __u64 row_tag(__u64 mixed, __u64 line_mask, __u64 service)
 {
 	return (mixed & ~line_mask) | service;
 }
 
-/* The row of a prefix in its line: its own (`held`), else the one with the earliest TAT, usable if that
- * has passed. */
+/* The tag of a prefix's entry in a line of the map policy_lines, without what the entry says. */
+INLINE __u64 policy_tag(__u64 mixed, __u64 line_mask, __u32 level, __u64 service)
+{
+	return (mixed & ~line_mask) | (__u64)level << POLICY_LEVEL_SHIFT | service;
+}
+
+/* What an entry says of its prefix, and an entry that is in the map policy only. */
+#define POLICY_SAYS ((1ull << POLICY_TAG_BITS) - (1ull << POLICY_STANDING_SHIFT))
+
+/* Look a prefix up in its line: 1 and `found`, or 0. A tag is read once, for it may change. */
+INLINE int find_in_line(const volatile struct policy_line *line, __u64 wanted, volatile struct policy_entry *found)
+{
+	__u64 tag;
+
+	if (!(((tag = line->tag[0]) ^ wanted) & ~POLICY_SAYS))
+		found->expires_ns = line->expires_ns[0];
+	else if (!(((tag = line->tag[1]) ^ wanted) & ~POLICY_SAYS))
+		found->expires_ns = line->expires_ns[1];
+	else if (!(((tag = line->tag[2]) ^ wanted) & ~POLICY_SAYS))
+		found->expires_ns = line->expires_ns[2];
+	else if (!(((tag = line->tag[3]) ^ wanted) & ~POLICY_SAYS))
+		found->expires_ns = line->expires_ns[3];
+	else
+		return 0;
+	found->standing = tag >> POLICY_STANDING_SHIFT & 7;
+	found->origin = tag >> POLICY_ORIGIN_SHIFT & 3;
+	return found->standing != STANDING_NEW;
+}
+
+/* The row of a prefix in its line: its own, else the one with the earliest TAT. */
 struct row {
-	__u64 tat;
 	__u64 way;	/* 0..3 */
 	__u64 held;	/* 1: the tag is ours */
-	__u64 usable;	/* 1: held, or free */
+	__u64 tat;	/* its arrival time when it was found */
+	__u64 next;	/* what a charge makes of that; 0: not charged */
 };
 
-INLINE void find_row(const volatile struct line *line, __u64 tag, __u64 bits, __u64 now, struct row *row)
+/* Arithmetic: which way it is cannot be predicted. */
+INLINE __u64 earliest_way(const volatile struct line *line)
 {
 	__u64 a = line->tat_ns[0], b = line->tat_ns[1], c = line->tat_ns[2], d = line->tat_ns[3];
-	__u64 is_a = is_zero((line->tag[0] ^ tag) & bits);
-	__u64 is_b = is_zero((line->tag[1] ^ tag) & bits) & (is_a ^ 1);
-	__u64 is_c = is_zero((line->tag[2] ^ tag) & bits) & ((is_a | is_b) ^ 1);
-	__u64 is_d = is_zero((line->tag[3] ^ tag) & bits) & ((is_a | is_b | is_c) ^ 1);
 	__u64 b_first = less(b, a), d_first = less(d, c);
-	__u64 ab = choose(b_first, b, a), cd = choose(d_first, d, c);
-	__u64 cd_first = less(cd, ab);
-	__u64 earliest = (cd_first << 1) | choose(cd_first, d_first, b_first);
-	__u64 held = is_a | is_b | is_c | is_d;
-	__u64 own = is_b | (is_c << 1) | (is_d * 3);
-	__u64 own_tat = (a & -is_a) | (b & -is_b) | (c & -is_c) | (d & -is_d);
+	__u64 cd_first = less(choose(d_first, d, c), choose(b_first, b, a));
 
-	row->held = held;
-	row->way = choose(held, own, earliest);
-	row->tat = choose(held, own_tat, choose(cd_first, cd, ab));
-	row->usable = held | (less(now, row->tat) ^ 1);
+	return cd_first << 1 | choose(cd_first, d_first, b_first);
+}
+
+/* Branches: most prefixes are the first in their line. The way goes through `row`, which is in a map, so that
+ * the verifier forgets which branch chose it. */
+INLINE void find_row(const volatile struct line *line, __u64 tag, volatile struct row *row)
+{
+	row->held = 1;
+	if (line->tag[0] == tag) {
+		row->way = 0;
+	} else if (line->tag[1] == tag) {
+		row->way = 1;
+	} else if (line->tag[2] == tag) {
+		row->way = 2;
+	} else if (line->tag[3] == tag) {
+		row->way = 3;
+	} else {
+		row->way = earliest_way(line);
+		row->held = 0;
+	}
+	row->tat = line->tat_ns[row->way & 3];
 }
 
 #endif

@@ -1,8 +1,8 @@
 """The daemon's side of the pinned maps: counters read in batches, settings and policy written.
 
 Invariants:
-    one-writer: the daemon writes control, limits, services, destinations, policy, forged and corrections, and no other
-        map.
+    one-writer: the daemon writes control, limits, services, destinations, the policy maps, forged and corrections, and
+        no other map.
     presence-covers: a level's presence bit is set before its first entry is written and cleared after its last is gone.
 """
 
@@ -42,13 +42,13 @@ from edge.kernel.libbpf import BpfError, Map
 from edge.kernel.marks import Marks
 from edge.kernel.pins import Pins
 from edge.kernel.policy_filter import PolicyFilter
+from edge.kernel.policy_lines import PolicyLines, expires_ns
 from edge.kernel.program import MAPS, U32, Sizes
 from edge.kernel.rows import NOBODY_NS, Rows
 
 log = logging.getLogger(__name__)
 
 ZERO = np.zeros(1, U32)
-NEVER = 0
 SECOND_NS = 1_000_000_000
 
 
@@ -161,8 +161,9 @@ def _destination(address: IPv4Address | IPv6Address) -> tuple[int, int]:
 
 
 def _tightest(config: Config, service: Service, level: Level) -> int:
-    """The fewest open connections that any standing is allowed at a level; 0: none is limited."""
-    limits = (config.limits.of(service, standing, level).open for standing in Standing)
+    """The fewest open connections that unknown and good senders are allowed at a level; 0: they are not limited. The
+    program looks at what is open of suspect and bad ones in any case."""
+    limits = (config.limits.of(service, standing, level).open for standing in (Standing.NEW, Standing.GOOD))
     return min((most for most in limits if most), default=0)
 
 
@@ -197,8 +198,9 @@ class Policy:
         self._exact, self._ranges = maps["policy"], maps["policy_ranges"]
         self._entries = {entry.key: entry for entry in self._stored()}
         self._levels = Counter(prefix.length for _, prefix in self._entries)
-        exact = [(service, prefix) for service, prefix in self._entries if prefix.level is not None]
-        self._filter = PolicyFilter(maps["policy_filter"], seed, exact)
+        exact = [entry for entry in self._entries.values() if entry.prefix.level is not None]
+        self._filter = PolicyFilter(maps["policy_filter"], seed, [(entry.service, entry.prefix) for entry in exact])
+        self._lines = PolicyLines(maps["policy_lines"], seed, exact)
         self.no_room = 0
 
     def installed(self) -> dict[tuple[Service, Prefix], Entry]:
@@ -236,6 +238,8 @@ class Policy:
             if self._entries.pop(entry.key, None) is None:
                 continue
             table, key = self._place(entry)
+            if entry.prefix.level is not None:
+                self._lines.remove(entry)
             table.delete(key)
             self._count_out(entry)
 
@@ -251,9 +255,10 @@ class Policy:
 
     def _write(self, entry: Entry) -> None:
         table, key = self._place(entry)
-        expires = NEVER if entry.expires_s is None else max(1, int(entry.expires_s * SECOND_NS))
-        value = (expires, entry.decision, entry.standing, entry.origin, entry.prefix.length, 0)
+        value = (expires_ns(entry), entry.decision, entry.standing, entry.origin, entry.prefix.length, 0)
         table.put(key, np.array(value, POLICY_ENTRY))
+        if entry.prefix.level is not None:
+            self._lines.put(entry)
 
     def _place(self, entry: Entry) -> tuple[Map, np.ndarray]:
         prefix = entry.prefix

@@ -41,6 +41,7 @@ MAPS: dict[str, tuple[np.dtype, np.dtype]] = {
     "services": (U32, np.dtype("u1")),
     "destinations": (abi.ADDRESS, np.dtype("u1")),
     "policy": (abi.POLICY_KEY, abi.POLICY_ENTRY),
+    "policy_lines": (U32, abi.POLICY_LINE),
     "policy_filter": (U32, np.dtype("<u8")),
     "policy_ranges": (abi.RANGE_KEY, abi.POLICY_ENTRY),
     "rows": (U32, abi.LINE),
@@ -79,6 +80,11 @@ class Sizes:
     def all_lines(self) -> int:
         """Lines of all levels together."""
         return sum(self.rows) // abi.ROWS_PER_LINE
+
+    @property
+    def policy_lines(self) -> int:
+        """Cache lines of policy entries, a power of two: with every entry there is, four in five find a place there."""
+        return max(1 << abi.POLICY_TAG_BITS, 1 << (self.policy_entries - 1).bit_length() - 2)
 
     def sets(self, level: Level) -> int:
         """Sets of a level in the map `connections`."""
@@ -119,6 +125,7 @@ def flags(sizes: Sizes) -> list[str]:
 def _constants(sizes: Sizes) -> Iterator[tuple[str, int]]:
     yield "EDGE_LINES", sizes.all_lines
     yield "EDGE_POLICY_ENTRIES", sizes.policy_entries
+    yield "EDGE_POLICY_LINES", sizes.policy_lines
     yield "EDGE_POLICY_RANGES", sizes.policy_ranges
     yield "EDGE_SETS", sizes.all_sets
     yield "EDGE_FILTER_BITS", FILTER_BITS

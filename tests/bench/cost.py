@@ -71,7 +71,8 @@ def runs(text: str) -> Iterator[Run]:
 
 CUTS = (
     ("charge", r"if \(charge\(.*\)\)$", "if (1)"),
-    ("ask", r"refused = ask\(.*\);$", "refused = LEVELS; untracked_only = 0;"),
+    ("ask", r"refused = ask\(.*\);$", "refused = LEVELS; working->found.asked = 0;"),
+    ("rows", r"refused = find_rows\(.*\);$", "refused = LEVELS;"),
     ("prepare", r"out->reason = limit_rate\(.*\);$", "out->reason = REASON_CONFORMING;"),
     ("policy", r"^\tmatch_policy\(.*\);$", ""),
     ("judge", r"parsed == PARSED_SYN \? judge\(.*\) : parsed;$", "parsed == PARSED_SYN ? REASON_CONFORMING : parsed;"),

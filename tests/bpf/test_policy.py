@@ -13,6 +13,7 @@ from edge.config import Config
 from edge.core.match import longest
 from edge.core.model import Entry
 from edge.core.prefix import Prefix, key
+from edge.kernel.maps import Policy
 from edge.kernel.program import U32
 from tests import packets as p
 from tests.bpf.harness import START_S, Harness, entry
@@ -79,6 +80,17 @@ def test_same_as_the_reference(xdp: Harness, round_: int) -> None:
             assert judged.length == expected.prefix.length, context
         else:
             assert judged.reason not in BLOCKED | {Reason.ALLOWED}, context
+
+
+def restarted(xdp: Harness) -> Policy:
+    """The policy maps as a new daemon opens them."""
+    return Policy(xdp.compiled.maps, seed(xdp))
+
+
+def seed(xdp: Harness) -> int:
+    identity = xdp.compiled.maps["identity"].get(np.zeros(1, U32))
+    assert identity is not None
+    return int(identity["seed"])
 
 
 def test_reason_names_the_origin(xdp: Harness) -> None:
@@ -156,8 +168,6 @@ def test_observe_counts_and_passes(xdp: Harness) -> None:
 
 
 def test_restarted_daemon_finds_what_was_installed(xdp: Harness) -> None:
-    from edge.kernel.maps import Policy
-
     entries = [
         entry("2001:db8:1:2::/64", Standing.BLOCK, expires_s=START_S + 100),
         entry("2001:db8::/44", Standing.ALLOW, origin=Origin.OPERATOR),
@@ -165,9 +175,7 @@ def test_restarted_daemon_finds_what_was_installed(xdp: Harness) -> None:
         entry("2001:db8:1:2::9", Standing.SUSPECT),
     ]
     xdp.install(*entries)
-    identity = xdp.compiled.maps["identity"].get(np.zeros(1, U32))
-    assert identity is not None
-    found = Policy(xdp.compiled.maps, int(identity["seed"]))
+    found = restarted(xdp)
     assert xdp.judge(p.syn("2001:db8:1:2::3")).dropped
     assert {key: (e.standing, e.origin, e.expires_s) for key, e in found.installed().items()} == {
         e.key: (e.standing, e.origin, e.expires_s) for e in entries
