@@ -61,9 +61,9 @@ class Connections:
     def read(self, now_ns: int) -> np.ndarray:
         """CONNECTIONS rows of all prefixes but /128s that changed since the last call; the first call finds none."""
         first = self._since_ns is None
-        since = 0 if self._since_ns is None else max(0, self._since_ns - SLACK_NS)
+        since_ns = self._since_ns or 0
         self._since_ns = now_ns
-        at = np.flatnonzero(self._rows["last_ns"] > since)
+        at = np.flatnonzero(self._rows["last_ns"] > max(0, since_ns - SLACK_NS))
         rows = self._rows[at]
         at, rows = at[rows["tag"] & np.uint64(HELD) != 0], rows[rows["tag"] & np.uint64(HELD) != 0]
         same = rows["tag"] == self._tags[at]
@@ -71,7 +71,9 @@ class Connections:
         newcomers = _more(rows["newcomers"], self._newcomers[at], same)
         self._tags[at], self._completed[at], self._newcomers[at] = rows["tag"], rows["completed"], rows["newcomers"]
         levels = self._levels[at]
-        wanted = (levels != Level.L128) if not first else np.zeros(len(at), bool)
+        # within the slack most rows are as they were
+        changed = (completed > 0) | (rows["last_ns"] > since_ns)
+        wanted = changed & (levels != Level.L128) if not first else np.zeros(len(at), bool)
         found = np.empty(int(wanted.sum()), CONNECTIONS)
         found["level"] = levels[wanted]
         found["service"] = rows["tag"][wanted] & np.uint64(1)
