@@ -114,7 +114,8 @@ def test_never_a_wrong_entry(xdp: Harness, others: int, stores: int) -> None:
     theirs; and the next daemon puts it right."""
     xdp.limit({})
     number, *rest = in_one_line(xdp, 1 + others)
-    states = [None, (Standing.BLOCK, None), (Standing.ALLOW, START_S + 99), (Standing.BLOCK, START_S - 99), None]
+    block, expired, allow = (Standing.BLOCK, None), (Standing.BLOCK, START_S - 99), (Standing.ALLOW, START_S + 99)
+    states = [None, block, allow, expired, allow, None]
     for before, after in pairwise(states):
         xdp.reset()
         xdp.limit({})
