@@ -24,6 +24,7 @@ from edge.kernel import libbpf, program
 from edge.kernel.compile import Compiled, write_identity
 from edge.kernel.maps import Tables
 from edge.kernel.program import Sizes
+from edge.kernel.rows import NOBODY_NS
 from tests.bench import packets
 
 HERE = Path(__file__).parent
@@ -125,6 +126,11 @@ class Limiter:
                     index = (service * STANDINGS + standing) * LEVELS + level
                     value = np.array((emission_ns.get(level, 0), tolerance_ns.get(level, 0), 0), LIMIT)
                     self.maps["limits"].put(np.array([index], program.U32), value)
+        # which limits a reading takes for spent follows from them, as it does in Tables.configure()
+        self.tables.rows.spent_ns = [
+            max(0, tolerance_ns.get(level, 0) - 2 * emission_ns[level]) if emission_ns.get(level) else NOBODY_NS
+            for level in Level
+        ]
 
     def admit_all(self, emission_ns: int = LIVE_NS) -> None:
         """Every level asked and charged, none refusing."""
