@@ -124,7 +124,7 @@ def test_never_a_wrong_entry(xdp: Harness, others: int, stores: int) -> None:
             xdp.install(of_64(number, *before))
         xdp.install(*(of_64(n, Standing.ALLOW) for n in rest[3:]))
         lines = xdp.tables.policy._lines
-        alive, lines._words = lines._words, Dying(lines._words, stores)  # type: ignore[assignment]
+        alive, lines._words = lines._words, Dying(lines._words, stores)  # type: ignore[assignment]  # stands in for it
         try:
             if after:
                 xdp.install(of_64(number, *after))

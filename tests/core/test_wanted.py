@@ -347,7 +347,7 @@ class Watched(Table):
 
     asked = 0
 
-    def get(self, key: Key, default: Entry | None = None) -> Entry | None:  # type: ignore[override]
+    def get(self, key: Key, default: Entry | None = None) -> Entry | None:  # type: ignore[override]  # a count beside it
         self.asked += 1
         return super().get(key, default)
 
