@@ -214,9 +214,7 @@ INLINE void opened(struct bpf_sock_ops *ops, const struct source *source, u32 se
 
 		if (source->ipv4 && (level == LEVEL_128 || level == LEVEL_32))
 			continue;
-		key.hi = level_hi(source->hi, level);
-		key.lo = level == LEVEL_128 ? source->lo : 0;
-		key.length = level_length(level);
+		policy_key_at(source->hi, source->lo, level, &key);
 		mixed = mixed_key(key.hi, key.lo, made->seed);
 		index = open_one(level, mixed, service, &is_new);
 		if (!index) {
@@ -277,9 +275,7 @@ INLINE void closed(struct bpf_sock_ops *ops, const struct source *source)
 		row = connections.lookup(&index);
 		if (!row)
 			continue;
-		key.hi = level_hi(source->hi, level);
-		key.lo = level == LEVEL_128 ? source->lo : 0;
-		key.length = level_length(level);
+		policy_key_at(source->hi, source->lo, level, &key);
 		/* not by the port: the configuration may have changed since */
 		key.service = tally_service(row->tag);
 		row->last_ns = now;

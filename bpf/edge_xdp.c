@@ -165,9 +165,7 @@ INLINE void match_policy(u64 now, u64 seed, const struct control *settings, stru
 		/* rows at /128 exist for entries only, so its key is needed for nothing else */
 		if (level == LEVEL_128 && !(settings->policy_levels & (1 << level)))
 			continue;
-		key.hi = level_hi(out->hi, level);
-		key.lo = level == LEVEL_128 ? out->lo : 0;
-		key.length = level_length(level);
+		policy_key_at(out->hi, out->lo, level, &key);
 		asked[level].mixed = mixed_key(key.hi, key.lo, seed);
 		if (!(settings->policy_levels & (1 << level)) ||
 		    !may_have_entry(asked[level].mixed, level, out->service))
@@ -353,6 +351,15 @@ INLINE void read_tally(u32 level, u64 mixed, u64 service, u64 *open, u64 *known)
 	}
 }
 
+/* Whether a source's prefix at a level ever completed a handshake. */
+INLINE u64 is_known(u32 level, u64 seed, const struct verdict *out)
+{
+	u64 open, known;
+
+	read_tally(level, mixed_key(out->hi, level == LEVEL_128 ? out->lo : 0, seed), out->service, &open, &known);
+	return known;
+}
+
 /* The shortest level asked at which as many connections are open as its limit allows, or LEVELS. Suspect and bad
  * senders, who may have few, are always looked at, the others only where the map `crowded` says so. */
 INLINE u32 crowded_level(const struct asked *asked, const struct verdict *out)
@@ -382,9 +389,7 @@ INLINE u32 crowded_level(const struct asked *asked, const struct verdict *out)
 		marked = crowded.lookup(&slot);
 		if (!(out->standing[level] & STANDING_SUSPECT) && (!marked || !*marked))
 			continue;
-		key.hi = level_hi(out->hi, level);
-		key.lo = level == LEVEL_128 ? out->lo : 0;
-		key.length = level_length(level);
+		policy_key_at(out->hi, out->lo, level, &key);
 		read_tally(level, asked[level].mixed, out->service, &open, &known);
 		correction = corrections.lookup(&key);
 		if (correction)
@@ -405,7 +410,7 @@ INLINE void spare_verified(u64 now, u64 seed, const struct control *settings, st
 			   struct verdict *out)
 {
 	struct policy_key key = { .service = out->service };
-	u64 forged_here = 0, open, known_address = 0, known_64, row = ROW_OF_VERIFIED;
+	u64 forged_here = 0, known_address = 0, known_64, row = ROW_OF_VERIFIED;
 	struct asked *asked = working->asked;
 
 #pragma unroll
@@ -414,8 +419,7 @@ INLINE void spare_verified(u64 now, u64 seed, const struct control *settings, st
 
 		if (!asked[level].use || !(settings->forged_levels & (1 << level)))
 			continue;
-		key.hi = level_hi(out->hi, level);
-		key.length = level_length(level);
+		policy_key_at(out->hi, out->lo, level, &key);
 		until = forged.lookup(&key);
 		if (until && *until > now)
 			forged_here |= 1 << level;
@@ -428,8 +432,8 @@ INLINE void spare_verified(u64 now, u64 seed, const struct control *settings, st
 		row = ROW_OF_PROVED;
 	} else {
 		if (!out->ipv4)
-			read_tally(LEVEL_128, mixed_key(out->hi, out->lo, seed), out->service, &open, &known_address);
-		read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known_64);
+			known_address = is_known(LEVEL_128, seed, out);
+		known_64 = is_known(LEVEL_64, seed, out);
 		out->own = forged_here & ((known_address << LEVEL_64) | (known_64 * (~0ull << LEVEL_56)));
 	}
 #pragma unroll
@@ -456,10 +460,7 @@ INLINE int charge_shared(u64 now, const struct control *settings)
 /* No level has room for this prefix: a verified sender passes, the others share one counted budget. */
 INLINE u32 judge_untracked(u64 now, u64 seed, const struct control *settings, const struct verdict *out)
 {
-	u64 open, known;
-
-	read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known);
-	if (known)
+	if (is_known(LEVEL_64, seed, out))
 		return REASON_VERIFIED;
 	return charge_shared(now, settings) ? REASON_UNTRACKED : REASON_LIMIT_UNTRACKED;
 }
@@ -481,12 +482,10 @@ INLINE u32 refuse_or_challenge(u32 reason, u64 now, u64 seed, const struct contr
 INLINE int is_stranger(u64 now, u64 seed, const struct control *settings, const struct scratch *working,
 		       const struct verdict *out)
 {
-	u64 open, known;
-
 	if (out->cut < LEVELS || has_proof(out, working->plain.ports, now))
 		return 0;
-	read_tally(LEVEL_64, mixed_key(out->hi, 0, seed), out->service, &open, &known);
-	return !known && !(is_late_retransmission(&working->plain, seed, now) && charge_shared(now, settings));
+	return !is_known(LEVEL_64, seed, out) &&
+	       !(is_late_retransmission(&working->plain, seed, now) && charge_shared(now, settings));
 }
 
 INLINE u32 limit_rate(u64 now, u64 seed, int recorded, const struct control *settings, struct scratch *working,

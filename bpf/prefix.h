@@ -53,6 +53,14 @@ INLINE __u64 level_hi(__u64 hi, __u32 level)
 	}
 }
 
+/* The key of a source's prefix at a level; the service is the caller's. */
+INLINE void policy_key_at(__u64 hi, __u64 lo, __u32 level, struct policy_key *key)
+{
+	key->hi = level_hi(hi, level);
+	key->lo = level == LEVEL_128 ? lo : 0;
+	key->length = level_length(level);
+}
+
 /* Loopback, link-local, ULA, unspecified (RFC 4291, 4193). Only as written in the packet: an IPv4
  * address inside an IPv6 one is not private, or a forger could exempt itself with 6to4. */
 INLINE int ipv6_is_private(__u64 hi, __u64 lo)
