@@ -44,7 +44,7 @@ from edge.core.model import Decision, Entry, batch
 from edge.core.nesting import Key
 from edge.core.prefix import LENGTHS, Prefix
 from edge.core.reconcile import Reconciler, agreed, differences, present
-from edge.core.snapshot import Snapshot, delta
+from edge.core.snapshot import Snapshot, delta, handshakes
 from edge.core.step import Inputs, Outcome, State, adopt, step
 from edge.core.wanted import Backlog, Wanted
 from edge.errors import UnavailableError
@@ -218,8 +218,7 @@ class Daemon:
         )
         self.outcome = step(self.state, inputs, began_s, self.config.core)
         self.totals.suppressed.update(self.outcome.counts.suppressed)
-        at_64 = inputs.delta.connections[inputs.delta.connections["level"] == Level.L64]
-        np.add.at(self.totals.completed, at_64["service"], at_64["completed"].astype(np.int64))
+        self.totals.completed += handshakes(inputs.delta.connections)
         self._mark_forged(self.outcome.forged, self.outcome.flood_until_s)
         self._install(began_s, self.outcome.changed)
         self._record(self.outcome.decisions)

@@ -27,6 +27,7 @@ import numpy as np
 
 from edge.abi import Level, Reason, Service
 from edge.core.prefix import Prefix
+from edge.core.snapshot import handshakes
 
 
 class ForgeryParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -133,7 +134,7 @@ class Forgery:
         (REASONS, 2) and `connections` (CONNECTIONS rows) came in the last `seconds`.
         """
         asked = int(counters[[Reason.CONFORMING, Reason.UNTRACKED, Reason.CHALLENGED]].sum())
-        completed = int(connections["completed"][connections["level"] == Level.L64].sum())
+        completed = int(handshakes(connections).sum())
         is_flood = asked > params.flood_per_s * seconds > 0 and completed < params.completed_share * asked
         self._flood_ticks = self._flood_ticks + 1 if is_flood else 0
         if self._flood_ticks >= params.ticks or (is_flood and self._flood_until_s > now_s):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge.abi import SERVICES, Level
+
 CONNECTIONS = np.dtype(
     [
         ("hi", "<u8"),  # the prefix, keyed
@@ -53,6 +55,12 @@ class Delta:
     seconds: float
     counters: np.ndarray  # uint64 (REASONS, 2)
     connections: np.ndarray  # CONNECTIONS rows
+
+
+def handshakes(connections: np.ndarray) -> np.ndarray:
+    """Completed handshakes by service, int64 (SERVICES,), in CONNECTIONS rows: each is in one row of each level."""
+    own = connections[connections["level"] == Level.L64]
+    return np.bincount(own["service"], weights=own["completed"], minlength=SERVICES).astype(np.int64)
 
 
 def delta(before: Snapshot | None, after: Snapshot) -> Delta:

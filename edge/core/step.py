@@ -76,7 +76,6 @@ class Counts:
     refused_rows: int  # total: new rows for which there was none
     events_unverified: int  # this tick: without a handshake
     events_without_verdict: int  # this tick
-    handshakes: int  # this tick: completed, as the kernel counted
     suppressed: Mapping[str, int]  # this tick, by reason
 
 
@@ -130,13 +129,11 @@ def adopt(state: State, entries: Iterable[Entry], now_s: float) -> None:
 def _count(reputation: Reputation, inputs: Inputs, suppressed: dict[str, int]) -> Counts:
     events, tables = inputs.events, reputation.tables
     shaken = events["handshake"] == 1
-    connections = inputs.delta.connections
     return Counts(
         rows={level: sum(len(tables[service, level]) for service in Service) for level in Level},
         dropped_rows=sum(table.dropped for table in tables.values()),
         refused_rows=sum(table.refused for table in tables.values()),
         events_unverified=int((~shaken).sum()),
         events_without_verdict=int((shaken & (events["verdict"] == Verdict.NONE)).sum()),
-        handshakes=int(connections["completed"][connections["level"] == Level.L64].sum()),
         suppressed=suppressed,
     )

@@ -51,7 +51,9 @@ class Connections:
         count = sizes.all_sets * TALLIES_PER_SET
         self._memory = mmap.mmap(table.fd.number, count * TALLY.itemsize, mmap.MAP_SHARED, mmap.PROT_READ)
         self._rows = np.frombuffer(self._memory, TALLY)
-        self._levels = np.repeat(np.arange(LEVELS, dtype=np.uint8), [sizes.sets(level) * 4 for level in Level])
+        self._levels = np.repeat(
+            np.arange(LEVELS, dtype=np.uint8), [sizes.sets(level) * TALLIES_PER_SET for level in Level]
+        )
         self._since_ns: int | None = None
         # as of the reading before: whose row it was, and how far it had counted
         self._tags = np.zeros(count, np.uint64)
@@ -65,7 +67,8 @@ class Connections:
         self._since_ns = now_ns
         at = np.flatnonzero(self._rows["last_ns"] > max(0, since_ns - SLACK_NS))
         rows = self._rows[at]
-        at, rows = at[rows["tag"] & np.uint64(HELD) != 0], rows[rows["tag"] & np.uint64(HELD) != 0]
+        held = rows["tag"] & np.uint64(HELD) != 0
+        at, rows = at[held], rows[held]
         same = rows["tag"] == self._tags[at]
         completed = _more(rows["completed"], self._completed[at], same)
         newcomers = _more(rows["newcomers"], self._newcomers[at], same)
@@ -105,19 +108,24 @@ class Connections:
 
     def open(self, level: Level) -> np.ndarray:
         """OPEN rows of the prefixes of a level (not /128, whose key is not invertible) with open connections."""
-        base = self._sizes.set_base(level) * TALLIES_PER_SET
-        rows = self._rows[base : base + self._sizes.sets(level) * TALLIES_PER_SET]
-        at = np.flatnonzero(rows["open"])
-        rows = rows[at]
+        at, rows = self._open_rows(level)
         found = np.empty(len(at), OPEN)
-        found["hi"], found["service"] = self._keys(at + base, rows["tag"]), rows["tag"] & np.uint64(1)
+        found["hi"], found["service"] = self._keys(at, rows["tag"]), rows["tag"] & np.uint64(1)
         found["count"] = rows["open"].astype(np.int64)
         return found
 
     def open_by_service(self) -> np.ndarray:
         """Open connections of each service, int64 (SERVICES,): those that a /64 (or IPv4 address) had room for."""
-        found = self.open(Level.L64)
-        return np.bincount(found["service"], weights=found["count"], minlength=SERVICES).astype(np.int64)
+        _, rows = self._open_rows(Level.L64)
+        services = (rows["tag"] & np.uint64(1)).astype(np.int64)
+        return np.bincount(services, weights=rows["open"].astype(np.int64), minlength=SERVICES).astype(np.int64)
+
+    def _open_rows(self, level: Level) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a level with open connections: where they are, and a copy."""
+        base = self._sizes.set_base(level) * TALLIES_PER_SET
+        rows = self._rows[base : base + self._sizes.sets(level) * TALLIES_PER_SET]
+        at = np.flatnonzero(rows["open"])
+        return at + base, rows[at]
 
     def _keys(self, at: np.ndarray, tags: np.ndarray) -> np.ndarray:
         """Upper halves of the prefixes that rows `at` hold."""

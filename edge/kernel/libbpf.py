@@ -353,20 +353,24 @@ def detach_foreign(ifindex: int) -> None:
 
 def run_packet(program: int, packet: bytes, *, repeat: int = 1) -> tuple[int, int]:
     """Run a program on a packet (at least 14 bytes): its return value and the mean time in ns."""
-    data = c.create_string_buffer(packet, len(packet))
-    opts = _TestRunOpts(sz=c.sizeof(_TestRunOpts), data_size_in=len(packet), repeat=repeat)
-    opts.data_in = c.cast(data, c.c_void_p)
-    _call(f"run a packet of {len(packet)} bytes", "bpf_prog_test_run_opts", program, c.byref(opts))
+    opts = _test_run(program, packet, _TestRunOpts(repeat=repeat))
     return int(opts.retval), int(opts.duration)
 
 
 def run_frame(program: int, packet: bytes) -> tuple[int, bytes]:
     """Run a program on a packet (at least 14 bytes) once: its return value and what it made of the packet."""
-    data, made = c.create_string_buffer(packet, len(packet)), c.create_string_buffer(len(packet) + 256)
-    opts = _TestRunOpts(sz=c.sizeof(_TestRunOpts), data_size_in=len(packet), data_size_out=len(made), repeat=1)
-    opts.data_in, opts.data_out = c.cast(data, c.c_void_p), c.cast(made, c.c_void_p)
-    _call(f"run a packet of {len(packet)} bytes", "bpf_prog_test_run_opts", program, c.byref(opts))
+    made = c.create_string_buffer(len(packet) + 256)
+    wanted = _TestRunOpts(repeat=1, data_out=c.cast(made, c.c_void_p), data_size_out=len(made))
+    opts = _test_run(program, packet, wanted)
     return int(opts.retval), made.raw[: opts.data_size_out]
+
+
+def _test_run(program: int, packet: bytes, opts: _TestRunOpts) -> _TestRunOpts:
+    """BPF_PROG_TEST_RUN of a packet; the kernel's answer is written into the options."""
+    data = c.create_string_buffer(packet, len(packet))
+    opts.sz, opts.data_in, opts.data_size_in = c.sizeof(_TestRunOpts), c.cast(data, c.c_void_p), len(packet)
+    _call(f"run a packet of {len(packet)} bytes", "bpf_prog_test_run_opts", program, c.byref(opts))
+    return opts
 
 
 @functools.cache
