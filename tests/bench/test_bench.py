@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -76,18 +78,26 @@ def test_starting_is_timed() -> None:
     assert "| again, unchanged program |" in report.as_text(result)
 
 
-@pytest.mark.root
-def test_nothing_is_left_after_a_signal() -> None:
+@contextmanager
+def running(*arguments: str, until: str) -> Iterator[subprocess.Popen[str]]:
+    """The benchmark as a child, from when it says `until` on."""
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.bench", "--parts", "frames", "--only", "^parse only$", "--rounds", "100000"],
+        [sys.executable, "-m", "tests.bench", *arguments],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     ) as bench:
         assert bench.stderr is not None
-        while "round" not in (line := bench.stderr.readline()):
-            assert line, "it ended before its first round"
+        while until not in (line := bench.stderr.readline()):
+            assert line, f"it ended before it said {until!r}"
+        yield bench
+
+
+@pytest.mark.root
+def test_nothing_is_left_after_a_signal() -> None:
+    endless = ("--parts", "frames", "--only", "^parse only$", "--rounds", "100000")
+    with running(*endless, until="round") as bench:
         assert namespaces(bench.pid)
         bench.send_signal(signal.SIGINT)
         assert bench.wait(timeout=30) == 130
@@ -143,16 +153,7 @@ def test_mail_under_a_flood_is_counted() -> None:
 @pytest.mark.skipif(postfix_program() is None, reason="needs Postfix")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_flood_ends_with_us(number: signal.Signals) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.bench", "--parts", "service"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as bench:
-        assert bench.stderr is not None
-        while ": sweep" not in (line := bench.stderr.readline()):
-            assert line, "it ended before its first flood"
+    with running("--parts", "service", until=": sweep") as bench:
         outside = ["ip", "netns", "pids", Network(pid=bench.pid).client.name]
         wait_for(lambda: subprocess.check_output(outside), "the flood", seconds=20)
         bench.send_signal(number)

@@ -30,6 +30,15 @@ T = TypeVar("T")
 
 EDGE = Path(sys.executable).with_name("edge")
 
+SMALL_TABLES = """
+[tables]
+rows_128 = 4096
+rows_64 = 65536
+rows_56 = 32768
+rows_48 = 16384
+rows_32 = 4096
+"""
+
 
 def wait(probe: Callable[[], T], what: str, seconds: float = 20.0) -> T:
     """The probe's first true answer; fails after the deadline."""

@@ -14,7 +14,7 @@ from edge.abi import Reason, Service
 from edge.core.prefix import Prefix
 from edge.kernel import libbpf, program
 from edge.lab import network
-from tests.e2e.host import Host, Reader, host, wait
+from tests.e2e.host import SMALL_TABLES, Host, Reader, host, wait
 
 pytestmark = pytest.mark.root
 
@@ -23,13 +23,6 @@ SETTINGS = """mode = "enforce"
 mode = "auto"
 [limits.mx.new]
 64 = { rate_per_min = 60, burst = 7 }
-[tables]
-rows_128 = 4096
-rows_64 = 65536
-rows_56 = 32768
-rows_48 = 16384
-rows_32 = 4096
-connections = 4096
 """
 NETWORK = Prefix.parse("2001:db8:cafe:1::/64")
 
@@ -56,7 +49,7 @@ def _interfaces() -> list[tuple[int, str]]:
 
 @pytest.fixture
 def mail_host(tmp_path: Path) -> Iterator[Host]:
-    with host(tmp_path, SETTINGS) as made, taking_answers(made):
+    with host(tmp_path, SETTINGS + SMALL_TABLES + "connections = 4096\n") as made, taking_answers(made):
         made.start()
         yield made
 

@@ -12,27 +12,20 @@ import pytest
 
 from edge.abi import Reason, Service
 from edge.core.prefix import Prefix
-from tests.e2e.host import Host, Reader, host, wait
+from tests.e2e.host import SMALL_TABLES, Host, Reader, host, wait
 
 pytestmark = pytest.mark.root
 
 SETTINGS = """mode = "enforce"
 [limits.mx.new]
 64 = { rate_per_min = 600, burst = 30, open = 7 }
-[tables]
-rows_128 = 4096
-rows_64 = 65536
-rows_56 = 32768
-rows_48 = 16384
-rows_32 = 4096
-connections = 4096
 """
 SENDER = "2001:db8:cafe:1"
 
 
 @pytest.fixture
 def mail_host(tmp_path: Path) -> Iterator[Host]:
-    with host(tmp_path, SETTINGS) as made:
+    with host(tmp_path, SETTINGS + SMALL_TABLES + "connections = 4096\n") as made:
         yield made
 
 

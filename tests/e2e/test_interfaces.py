@@ -18,8 +18,8 @@ from edge.kernel import libbpf
 from edge.kernel.pins import Pins
 from edge.lab import network
 from tests import packets as p
-from tests.e2e.host import Host, host, wait
-from tests.e2e.test_life_cycle import LIMITED, SMALL_TABLES
+from tests.e2e.host import SMALL_TABLES, Host, host, wait
+from tests.e2e.test_life_cycle import LIMITED
 
 pytestmark = pytest.mark.root
 

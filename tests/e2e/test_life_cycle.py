@@ -17,21 +17,13 @@ from edge.abi import Reason
 from edge.kernel import libbpf
 from edge.kernel.pins import Pins
 from edge.lab import network
-from tests.e2e.host import Host, Reader, host, wait
+from tests.e2e.host import SMALL_TABLES, Host, Reader, host, wait
 
 pytestmark = pytest.mark.root
 
 LIMITED = """mode = "enforce"
 [limits.mx.new]
 64 = { rate_per_min = 600, burst = 30 }
-"""
-SMALL_TABLES = """
-[tables]
-rows_128 = 4096
-rows_64 = 65536
-rows_56 = 32768
-rows_48 = 16384
-rows_32 = 4096
 """
 
 

@@ -19,8 +19,8 @@ from edge.kernel.compile import SOCK_OPS, XDP, compile_programs
 from edge.kernel.pins import Pins
 from edge.lab import network
 from tests.bpf.harness import SMALL
-from tests.e2e.host import Host, host
-from tests.e2e.test_life_cycle import LIMITED, SMALL_TABLES
+from tests.e2e.host import SMALL_TABLES, Host, host
+from tests.e2e.test_life_cycle import LIMITED
 from tests.kernel.netns import netns
 
 pytestmark = pytest.mark.root
